@@ -1,0 +1,139 @@
+"""Batches as pure functions of (rows, seed, step), so that a run resumes exactly and two runs see the same rows.
+
+Token rows are padded to the longest of their batch rounded up to `length_multiple`: few shapes, few compilations.
+Images pass unchanged. Everything is numpy; a step's batch is made when it is asked for.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from taskvec.data.base import Split
+
+Batch = dict[str, np.ndarray]
+
+
+def training_batches(
+    split: Split, batch_size: int, steps: int, seed: int, length_multiple: int = 16, window: int = 1
+) -> Callable[[int], Batch]:
+    """Returns step -> batch: ``{"ids", "mask"}`` or ``{"image"}``, and ``"label"`` int32 ``[B]``.
+
+    Rows are shuffled anew every epoch; the ``N mod B`` rows left over by whole batches are dropped, others each epoch.
+
+    Args:
+      split: N rows.
+      batch_size: B, at most N.
+      steps: number of batches; asking for another step raises `IndexError`.
+      seed: with the epoch, keys the shuffle.
+      length_multiple: token lengths are rounded up to a multiple of this.
+      window: sorts rows by length within every `window` batches, so that a batch pads little. Above 1 batches are
+        no longer uniform samples and lengths change often from step to step.
+    """
+    n = _at_most(batch_size, len(split.labels), "batch_size")
+    per_epoch = n // batch_size
+    lengths = _lengths(split)
+
+    @functools.lru_cache(maxsize=1)  # the shuffle of the epoch last asked for
+    def order(epoch: int) -> np.ndarray:
+        rng = _generator("training", seed, epoch)
+        rows_SxB = rng.permutation(n)[: per_epoch * batch_size].reshape(per_epoch, batch_size)
+        if window > 1 and lengths is not None:
+            for at in range(0, per_epoch, window):
+                block = rows_SxB[at : at + window]
+                by_length = block.ravel()[np.argsort(lengths[block.ravel()], kind="stable")].reshape(block.shape)
+                rows_SxB[at : at + window] = by_length[rng.permutation(len(block))]
+        return rows_SxB
+
+    def batch(step: int) -> Batch:
+        _check_step(step, steps)
+        epoch, at = divmod(step, per_epoch)
+        return _collate(split, order(epoch)[at], length_multiple)
+
+    return batch
+
+
+def eval_batches(split: Split, batch_size: int, length_multiple: int = 16) -> Iterator[Batch]:
+    """Yields every row once, sorted by length, all batches of `batch_size` rows.
+
+    Besides inputs and ``"label"`` a batch has ``"weight"`` float32 ``[B]`` (1 for a row, 0 for padding) and ``"index"``
+    int32 ``[B]`` (row number in the split, -1 for padding). The last batch is padded with repeats of its first row.
+    """
+    n, lengths = len(split.labels), _lengths(split)
+    order = np.arange(n) if lengths is None else np.argsort(lengths, kind="stable")
+    for at in range(0, n, batch_size):
+        rows = order[at : at + batch_size]
+        index = np.full(batch_size, -1, np.int32)
+        index[: len(rows)] = rows
+        batch = _collate(split, np.where(index < 0, rows[0], index), length_multiple)
+        yield batch | {"weight": (index >= 0).astype(np.float32), "index": index}
+
+
+def unlabelled_batches(
+    splits: Sequence[Split], per_task: int, steps: int, seed: int, length_multiple: int = 16
+) -> Callable[[int], Batch]:
+    """Returns step -> inputs of ``T * per_task`` rows in the order of the tasks, without labels.
+
+    Every step draws `per_task` rows of every task anew, without replacement within the step, as AdaMerging does
+    (arXiv 2310.02575). Token rows of all tasks are padded to one length.
+    """
+    for split in splits:
+        _at_most(per_task, len(split.labels), "per_task")
+
+    def batch(step: int) -> Batch:
+        _check_step(step, steps)
+        rng = _generator("unlabelled", seed, step)
+        drawn = [_rows(split, rng.choice(len(split.labels), per_task, replace=False)) for split in splits]
+        width = max((x["mask"].shape[1] for x in drawn if "mask" in x), default=0)
+        padded = [_pad(x, _round_up(width, length_multiple)) for x in drawn]
+        return {key: np.concatenate([x[key] for x in padded]) for key in padded[0]}
+
+    return batch
+
+
+_STREAMS = {"training": 0, "unlabelled": 1}
+
+
+def _generator(stream: str, seed: int, number: int) -> np.random.Generator:
+    """A stream of its own for every (purpose, seed, number): Philox takes them as key and counter."""
+    return np.random.Generator(np.random.Philox(key=[seed, number], counter=[0, 0, 0, 1 + _STREAMS[stream]]))
+
+
+def _lengths(split: Split) -> np.ndarray | None:
+    return split.inputs["mask"].sum(1) if "mask" in split.inputs else None
+
+
+def _rows(split: Split, rows: np.ndarray) -> Batch:
+    """Inputs of some rows, tokens cut to the longest of them."""
+    inputs = {key: array[rows] for key, array in split.inputs.items()}
+    if "mask" in inputs:
+        width = int(inputs["mask"].sum(1).max())
+        inputs = {key: array[:, :width] for key, array in inputs.items()}
+    return inputs
+
+
+def _pad(inputs: Batch, width: int) -> Batch:
+    if "mask" not in inputs:
+        return inputs
+    return {key: np.pad(array, ((0, 0), (0, width - array.shape[1]))) for key, array in inputs.items()}
+
+
+def _collate(split: Split, rows: np.ndarray, length_multiple: int) -> Batch:
+    inputs = _rows(split, rows)
+    width = _round_up(inputs["mask"].shape[1], length_multiple) if "mask" in inputs else 0
+    return _pad(inputs, width) | {"label": split.labels[rows]}
+
+
+def _round_up(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
+
+
+def _at_most(asked: int, n: int, what: str) -> int:
+    if not 1 <= asked <= n:
+        raise ValueError(f"{what}={asked}, but there are {n} rows; allowed 1 to {n}")
+    return n
+
+
+def _check_step(step: int, steps: int) -> None:
+    if not 0 <= step < steps:
+        raise IndexError(f"step {step} of {steps} steps")

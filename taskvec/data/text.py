@@ -1,0 +1,108 @@
+"""Text tasks: tokens from a model folder's own tokenizer, and tasks from JSON-lines files."""
+
+import json
+import os
+import pathlib
+
+import numpy as np
+
+from taskvec.data import base
+
+
+def load_tokenizer(folder: str | os.PathLike):
+    """The `tokenizers.Tokenizer` of a Hugging Face model folder, without the padding and truncation it may carry.
+
+    Raises:
+      FileNotFoundError: the folder has no ``tokenizer.json``.
+    """
+    import tokenizers
+
+    path = pathlib.Path(folder) / "tokenizer.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; a text suite needs the tokenizer.json of its model's folder")
+    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def encode(texts: np.ndarray, tokenizer, max_length: int) -> dict[str, np.ndarray]:
+    """Tokens of N texts: ``{"ids": int32 [N, M], "mask": bool [N, M]}``, M the longest, at most `max_length`.
+
+    Special tokens count and survive truncation. Padding ids are 0 and false in the mask.
+    """
+    tokenizer.enable_truncation(max_length)
+    rows = [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
+    lengths = np.array([len(row) for row in rows], int)
+    mask = np.arange(max(lengths, default=0)) < lengths[:, None]
+    ids = np.zeros(mask.shape, np.int32)
+    for out, row in zip(ids, rows, strict=True):
+        out[: len(row)] = row
+    return {"ids": ids, "mask": mask}
+
+
+def encode_task(task: base.Task, tokenizer, max_length: int) -> base.Task:
+    """A task of ``{"text"}`` rows with its rows encoded."""
+    parts = {name: getattr(task, name) for name in base.SPLITS}
+    return task._replace(
+        **{
+            name: split._replace(inputs=encode(split.inputs["text"], tokenizer, max_length))
+            for name, split in parts.items()
+        }
+    )
+
+
+def decode_bytes(raw: bytes) -> str:
+    """Reads UTF-8 (with or without a byte order mark), else Latin-1, which always succeeds."""
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return raw.decode("latin-1")
+
+
+def jsonl(path: str | os.PathLike, name: str) -> base.Task:
+    """A task from a file with one object a line: ``{"split": "train" | "test", "text": ..., "label": ...}``.
+
+    Labels are integers (class names are then their numbers), or strings, which become classes in sorted order.
+    Test rows whose text also stands in the training set are dropped.
+
+    Raises:
+      ValueError: names the file and the line that is not such an object.
+    """
+    rows: dict[str, tuple[list, list]] = {"train": ([], []), "test": ([], [])}
+    # Lines end at \n alone: str.splitlines would also cut at the rarer separators that may stand in a text.
+    for number, line in enumerate(pathlib.Path(path).read_bytes().split(b"\n"), 1):
+        if line.strip():
+            split, text, label = _row(line, f"{path}, line {number}")
+            rows[split][0].append(text)
+            rows[split][1].append(label)
+    labels = rows["train"][1] + rows["test"][1]
+    if len({type(label) for label in labels}) > 1:
+        raise ValueError(f"{path}: some labels are numbers and some strings; use one kind")
+    if labels and isinstance(labels[0], str):
+        classes = sorted(set(labels))
+        number_of = {label: i for i, label in enumerate(classes)}
+        rows = {split: (texts, [number_of[label] for label in names]) for split, (texts, names) in rows.items()}
+    else:
+        # From the training rows alone, so that a test label never seen in training is reported as an error.
+        classes = range(max(rows["train"][1], default=-1) + 1)
+    return base.drop_overlap(base.task(name, classes, rows["train"], rows["test"], "text"))
+
+
+def _row(line: bytes, where: str) -> tuple[str, str, int | str]:
+    try:
+        row = json.loads(decode_bytes(line))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error})") from None
+    if not isinstance(row, dict) or not {"split", "text", "label"} <= row.keys():
+        raise ValueError(f"{where}: want an object with split, text and label, found {str(row)[:80]}")
+    split, text, label = row["split"], row["text"], row["label"]
+    if split not in ("train", "test"):
+        raise ValueError(f"{where}: split is {split!r}, allowed: train, test")
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{where}: text must be a string that is not empty, found {text!r}")
+    if isinstance(label, bool) or not isinstance(label, int | str):
+        raise ValueError(f"{where}: label must be an integer or a string, found {label!r}")
+    if isinstance(label, int) and label < 0:
+        raise ValueError(f"{where}: label {label} is negative; classes count from 0")
+    return split, text, label

@@ -1,0 +1,118 @@
+"""Method cards and the registry: what each published method needs, gives and takes as settings."""
+
+import dataclasses
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from taskvec.transforms import Chain, Transform, chain
+
+DATA = ("none", "unlabelled test", "unlabelled train", "few labelled")
+RESULTS = ("static", "task-conditioned", "input-conditioned")
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """What a user must know before choosing a method.
+
+    Attributes:
+      title, arxiv, year: the paper.
+      summary: one line.
+      data: one of `DATA`.
+      extras: trees needed besides weights, e.g. ``("gram",)``.
+      result: one of `RESULTS`.
+      heads_trained: whether classification heads are trained.
+      released_code: how the authors' released code differs, and which setting reproduces it; "" if it does not.
+    """
+
+    title: str
+    arxiv: str
+    year: int
+    summary: str
+    data: str = "none"
+    extras: tuple[str, ...] = ()
+    result: str = "static"
+    heads_trained: bool = False
+    released_code: str = ""
+
+    def __post_init__(self):
+        if self.data not in DATA or self.result not in RESULTS:
+            raise ValueError(f"card of {self.title!r}: data must be one of {DATA}, result one of {RESULTS}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A published method: a name, a card, and a function from settings to a chain of transforms."""
+
+    name: str
+    card: Card
+    build: Callable[..., Transform | Chain]
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The published settings."""
+        return {p.name: p.default for p in inspect.signature(self.build).parameters.values()}
+
+    def __call__(self, **settings) -> Chain:
+        """Builds the chain; raises `ValueError` for a setting the method does not have or that is out of range."""
+        unknown = sorted(settings.keys() - self.defaults.keys())
+        if unknown:
+            allowed = ", ".join(f"{k}={v!r}" for k, v in self.defaults.items()) or "none"
+            hint = _did_you_mean(unknown[0], self.defaults)
+            raise ValueError(f"{self.name} has no setting {', '.join(map(repr, unknown))}{hint}; it has {allowed}")
+        return chain(self.build(**settings))
+
+
+def method(name: str, card: Card) -> Callable[[Callable], Method]:
+    """Decorator that makes a `Method` of a function ``(settings with defaults) -> chain``."""
+    return lambda build: Method(name, card, build)
+
+
+_METHODS: dict[str, Method] = {}
+
+
+def register(*new: Method) -> None:
+    """Adds methods to the registry; the library's own are added in `taskvec/merging/__init__.py`."""
+    for each in new:
+        if each.name in _METHODS and _METHODS[each.name] is not each:
+            raise ValueError(f"a method named {each.name!r} is registered already; choose another name")
+        _METHODS[each.name] = each
+
+
+def methods() -> Mapping[str, Method]:
+    """All registered methods by name."""
+    return dict(_METHODS)
+
+
+def get(name: str) -> Method:
+    """Looks a method up; an unknown name raises `ValueError` with all names there are."""
+    if name not in _METHODS:
+        hint = _did_you_mean(name, _METHODS)
+        raise ValueError(f"unknown method {name!r}{hint}; there are: {', '.join(sorted(_METHODS))}")
+    return _METHODS[name]
+
+
+@functools.lru_cache(maxsize=256)
+def _built(method_: Method, settings: tuple) -> Chain:
+    return method_(**dict(settings))
+
+
+def resolve(which: str | Method | Transform | Chain, **settings) -> Chain:
+    """The chain of a method name or `Method` with settings, or of a ready transform.
+
+    The same name and settings give the same object, so that compiled programs are reused.
+    """
+    if isinstance(which, Transform | Chain):
+        if settings:
+            raise ValueError(f"settings {sorted(settings)} go into the transforms when a chain is given")
+        return chain(which)
+    which = get(which) if isinstance(which, str) else which
+    frozen = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+    return _built(which, tuple(sorted(frozen.items())))
+
+
+def _did_you_mean(name: str, known) -> str:
+    close = difflib.get_close_matches(name, list(known), 1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

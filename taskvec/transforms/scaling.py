@@ -1,0 +1,47 @@
+"""Transforms that scale a vector: by a constant, or by depth."""
+
+import jax.numpy as jnp
+
+from taskvec.transforms.base import Array, Leaf, Measure, ModelInfo, Transform, stateless
+from taskvec.transforms.reduce import weighted_sum
+
+
+def scale(factor: float) -> Transform:
+    """``factor * x``."""
+    return stateless("scale", lambda x: factor * x)
+
+
+def scale_by_depth(beta: float, alpha: float | str = "norm_ratio") -> Transform:
+    """Scales block l of L by ``alpha + beta l / (L - 1)`` and everything outside the blocks by ``alpha``.
+
+    Source: LiNeS, arXiv 2410.17146, equation 3: shallow layers, which are shared, move little.
+
+    Args:
+      beta: slope; the coefficient that multi-task merging searches.
+      alpha: value at the first block. ``norm_ratio`` is the paper's choice for multi-task merging,
+        ``(||sum_t tau_t||_1 / ||x||_1) / T``, which is 1/T for task arithmetic; it needs a vector whose task axis is
+        already reduced. For editing a single task vector take beta = 1 - alpha.
+
+    Raises:
+      ValueError: the parameter names show no block index, so that there is no depth to scale by.
+    """
+    if isinstance(alpha, str) and alpha != "norm_ratio":
+        raise ValueError(f"alpha must be a number or 'norm_ratio', got {alpha!r}")
+
+    def of_leaf(x: Array, leaf: Leaf, stats: tuple) -> Array:
+        if x.shape != leaf.theta0.shape:
+            raise ValueError("alpha='norm_ratio' scales a merged vector: put sum_tasks() or another reduction before")
+        total = weighted_sum([1.0] * leaf.tau.shape[0], leaf.tau)
+        return jnp.stack([jnp.abs(total).sum(), jnp.abs(x).sum()])
+
+    def finish(norms: Array, info: ModelInfo, stats: tuple) -> Array:
+        return jnp.where(norms[1] > 0, norms[0] / jnp.where(norms[1] > 0, norms[1], 1.0), 1.0) / info.num_tasks
+
+    def apply(x: Array, leaf: Leaf, stats: tuple) -> Array:
+        if leaf.info.num_blocks == 0:
+            raise ValueError("scale_by_depth found no block index in the parameter names (blocks/0, layer.0, h.0, ...)")
+        start = stats[0] if alpha == "norm_ratio" else alpha
+        relative = jnp.maximum(leaf.depth, 0) / max(leaf.info.num_blocks - 1, 1)
+        return x * (start + beta * jnp.where(leaf.depth < 0, 0.0, relative))
+
+    return Transform("scale_by_depth", apply, (Measure(of_leaf, finish),) if alpha == "norm_ratio" else ())

@@ -1,0 +1,154 @@
+"""What every registered method must satisfy, as functions of a `Method`; see test_battery.py.
+
+A method states what it promises through its settings and card alone, so a new method is covered the moment it is
+registered.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import taskvec as tv
+from taskvec import tree as trees
+from taskvec.merging import Method, merge_streamed
+from tests.models_for_tests import LAYERS, random_models
+
+# One task and no sparsity or scaling: these give the expert back.
+WHOLE = {"scale": 1.0, "density": 1.0, "trim_density": 1.0, "gamma": 0.0, "at_least": 1}
+GIVES_NO_EXPERT = {"task_negation", "task_analogy", "lines", "lines_ties"}
+# Tasks play different parts, or draw different random numbers.
+ORDERED = {"task_analogy", "dare", "dare_ties"}
+
+
+def assert_close(a, b, atol=2e-6):
+    """Same names, shapes, dtypes; values within `atol`."""
+    a, b = trees.flatten(a), trees.flatten(b)
+    assert list(a) == list(b)
+    for path in a:
+        assert a[path].shape == b[path].shape and a[path].dtype == b[path].dtype, path
+        np.testing.assert_allclose(
+            np.asarray(a[path], np.float64), np.asarray(b[path], np.float64), rtol=1e-5, atol=atol, err_msg=path
+        )
+
+
+def keeps_names_shapes_and_dtypes(method: Method) -> None:
+    pretrained, finetuned = random_models(0, 3)
+    to_bf16 = lambda p: jax.tree.map(lambda x: x.astype(jnp.bfloat16) if trees.is_float(x) else x, p)
+    merged = tv.merge(method, to_bf16(pretrained), [to_bf16(f) for f in finetuned])
+    for path, x in trees.flatten(merged).items():
+        assert x.dtype == (jnp.int32 if path == "position_ids" else jnp.bfloat16)
+        assert x.shape == trees.flatten(pretrained)[path].shape
+
+
+def bf16_is_close_to_fp32(method: Method) -> None:
+    """Differences are taken in float32: the only loss is rounding of inputs and output, 2^-8 relative."""
+    pretrained, finetuned = random_models(0, 3, tau_size=1.0)
+    to_bf16 = lambda p: jax.tree.map(lambda x: x.astype(jnp.bfloat16) if trees.is_float(x) else x, p)
+    to_fp32 = lambda p: jax.tree.map(lambda x: x.astype(jnp.float32) if trees.is_float(x) else x, p)
+    low = [to_bf16(p) for p in [pretrained, *finetuned]]
+    merged = tv.merge(method, low[0], low[1:])
+    exact = tv.merge(method, to_fp32(low[0]), [to_fp32(p) for p in low[1:]])
+    assert_close(merged, jax.tree.map(lambda x, y: x.astype(y.dtype), exact, merged), atol=1e-6)
+
+
+def zero_scale_gives_pretrained(method: Method) -> None:
+    if "scale" not in method.defaults or method.name.startswith("lines"):  # LiNeS keeps alpha at the first block
+        return
+    pretrained, finetuned = random_models(1, 3)
+    assert_close(tv.merge(method, pretrained, finetuned, scale=0.0), pretrained)
+
+
+def one_task_gives_expert(method: Method) -> None:
+    if method.name in GIVES_NO_EXPERT:
+        return
+    pretrained, finetuned = random_models(2, 1)
+    settings = {k: v for k, v in WHOLE.items() if k in method.defaults}
+    if method.name.startswith("consensus"):
+        settings["threshold"] = 1e-6
+    assert_close(tv.merge(method, pretrained, finetuned, **settings), finetuned[0], atol=1e-5)
+
+
+def identical_models_change_nothing(method: Method) -> None:
+    pretrained, _ = random_models(3, 1)
+    assert_close(tv.merge(method, pretrained, [pretrained] * 3), pretrained)
+
+
+def order_of_tasks_does_not_matter(method: Method) -> None:
+    if method.name in ORDERED:
+        return
+    pretrained, finetuned = random_models(4, 3)
+    assert_close(tv.merge(method, pretrained, finetuned), tv.merge(method, pretrained, finetuned[::-1]), atol=1e-5)
+
+
+def twenty_tasks_work(method: Method) -> None:
+    if method.name == "task_analogy":
+        return
+    pretrained, finetuned = random_models(5, 20)
+    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(tv.merge(method, pretrained, finetuned)))
+
+
+def stacked_layers_equal_single_ones(method: Method) -> None:
+    pretrained, finetuned = random_models(6, 3)
+    single = tv.merge(method, trees.unstack_layers(pretrained), [trees.unstack_layers(f) for f in finetuned])
+    assert_close(trees.unstack_layers(tv.merge(method, pretrained, finetuned)), single)
+
+
+def eager_and_jitted_runs_agree(method: Method) -> None:
+    pretrained, finetuned = random_models(7, 3)
+    tau = tv.task_vectors(pretrained, finetuned)
+    fn = lambda theta0, tau: tv.transform_task_vectors(method(), theta0, tau)
+    assert_close(jax.jit(fn)(pretrained, tau), fn(pretrained, tau))
+
+
+def sharded_equals_unsharded(method: Method) -> None:
+    """Parameters cut over 4 devices along their last axis where it divides; the task axis is never cut."""
+    pretrained, finetuned = random_models(8, 3)
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((4,), ("model",), axis_types=auto, devices=jax.devices()[:4])
+
+    def place(x):
+        cut = x.ndim > 1 and x.shape[-1] % 4 == 0
+        spec = jax.sharding.PartitionSpec(*[None] * (x.ndim - 1), "model") if cut else jax.sharding.PartitionSpec()
+        return jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
+
+    sharded = tv.merge(method, jax.tree.map(place, pretrained), [jax.tree.map(place, f) for f in finetuned])
+    assert_close(sharded, tv.merge(method, pretrained, finetuned))
+
+
+def streamed_equals_in_memory(method: Method, folder) -> None:
+    """Through real files, tensor by tensor."""
+    from taskvec.io import safetensors
+
+    pretrained, finetuned = random_models(9, 3)
+    models = [trees.unstack_layers(p) for p in [pretrained, *finetuned]]
+    paths = [folder / f"{i}.safetensors" for i in range(len(models))]
+    for path, model in zip(paths, models, strict=True):
+        safetensors.save(path, {k: np.asarray(v) for k, v in trees.flatten(model).items()})
+    readers = [safetensors.SafetensorsReader(path) for path in paths]
+    with safetensors.SafetensorsWriter(folder / "merged.safetensors", readers[0].specs) as writer:
+        merge_streamed(method, readers[0], readers[1:], writer.write)
+    merged = {k: jnp.asarray(v) for k, v in safetensors.load(folder / "merged.safetensors").items()}
+    assert_close(trees.unflatten(merged), tv.merge(method, models[0], models[1:]))
+
+
+def has_a_true_card(method: Method) -> None:
+    card = method.card
+    assert card.title and card.summary and card.arxiv.count(".") == 1 and 2000 < card.year < 2100
+    assert method.build.__doc__ and all(v is not None or k == "weights" for k, v in method.defaults.items())
+
+
+CHECKS = (
+    keeps_names_shapes_and_dtypes,
+    bf16_is_close_to_fp32,
+    zero_scale_gives_pretrained,
+    one_task_gives_expert,
+    identical_models_change_nothing,
+    order_of_tasks_does_not_matter,
+    twenty_tasks_work,
+    stacked_layers_equal_single_ones,
+    eager_and_jitted_runs_agree,
+    sharded_equals_unsharded,
+    has_a_true_card,
+)
+
+assert LAYERS > 1  # depth must mean something

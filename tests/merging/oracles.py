@@ -1,0 +1,134 @@
+"""Every data-free method once more, from its paper's formula, in float64 NumPy on named per-layer tensors.
+
+Written without the library: plain loops, np.sort and np.linalg.svd. ``oracle(taus, depths, **settings)`` takes
+``taus`` as ``{name: [T, ...]}`` and returns ``{name: merged vector}``.
+"""
+
+import numpy as np
+
+
+def _flat(taus, t):
+    return np.concatenate([np.abs(x[t]).ravel() for x in taus.values()])
+
+
+def _trim(taus, density):
+    out = {k: x.copy() for k, x in taus.items()}
+    for t in range(len(next(iter(taus.values())))):
+        ordered = np.sort(_flat(taus, t))
+        threshold = ordered[len(ordered) - int(density * len(ordered))]
+        for x in out.values():
+            x[t] = np.where(np.abs(x[t]) >= threshold, x[t], 0)
+    return out
+
+
+def _elect(taus):
+    out = {}
+    for k, x in taus.items():
+        sign = np.sign(x.sum(0))
+        out[k] = np.where(np.sign(x) == sign, x, 0)
+    return out
+
+
+def weight_average(taus, depths):
+    return {k: x.mean(0) for k, x in taus.items()}
+
+
+def task_arithmetic(taus, depths, scale=0.3, weights=None):
+    w = np.ones(99) if weights is None else np.asarray(weights)
+    return {k: scale * sum(w[t] * x[t] for t in range(len(x))) for k, x in taus.items()}
+
+
+def task_negation(taus, depths, scale=1.0):
+    return {k: -scale * x.sum(0) for k, x in taus.items()}
+
+
+def task_analogy(taus, depths, scale=1.0):
+    return {k: scale * (x[2] + x[1] - x[0]) for k, x in taus.items()}
+
+
+def ties(taus, depths, density=0.2, scale=1.0, aggregate="mean"):
+    kept = _elect(_trim(taus, density))
+    if aggregate == "sum":
+        return {k: scale * x.sum(0) for k, x in kept.items()}
+    if aggregate == "max":
+        pick = lambda x: np.where(x.max(0) >= -x.min(0), x.max(0), x.min(0))
+        return {k: scale * pick(x) for k, x in kept.items()}
+    return {k: scale * x.sum(0) / np.maximum((x != 0).sum(0), 1) for k, x in kept.items()}
+
+
+def breadcrumbs(taus, depths, density=0.14, gamma=0.01, scale=0.3, axis="tensor"):
+    def one(x):
+        if x.ndim == 0:
+            return x
+        rows = x.reshape(1, -1) if axis == "tensor" else x.reshape(-1, x.shape[-1])
+        out = np.zeros_like(rows)
+        for i, row in enumerate(rows):
+            ordered = np.sort(np.abs(row))[::-1]
+            top = int(gamma * len(row))
+            kept = ordered[top : top + max(int(density * len(row)), 1)]
+            between = (np.abs(row) <= kept[0]) & (np.abs(row) >= kept[-1])
+            out[i] = row * between
+        return out.reshape(x.shape)
+
+    return {k: scale * sum(one(x[t]) for t in range(len(x))) for k, x in taus.items()}
+
+
+def _lines(merged, taus, depths, scale):
+    tasks = len(next(iter(taus.values())))
+    l1 = lambda vectors: sum(np.abs(v).sum() for v in vectors)
+    alpha = l1([x.sum(0) for x in taus.values()]) / l1(merged.values()) / tasks
+    blocks = max(d for d in depths.values() if d is not None) + 1
+    factor = lambda d: alpha if d is None else alpha + scale * d / (blocks - 1)
+    return {k: factor(depths[k]) * x for k, x in merged.items()}
+
+
+def lines(taus, depths, scale=0.3):
+    return _lines({k: x.sum(0) for k, x in taus.items()}, taus, depths, scale)
+
+
+def lines_ties(taus, depths, scale=0.3, density=0.2):
+    return _lines(ties(taus, depths, density, 1.0, "sum"), taus, depths, scale)
+
+
+def _consensus(merged, taus, scale, threshold, at_least):
+    out = {}
+    for k, x in taus.items():
+        count = sum((np.abs(x[t]) > threshold * np.abs(merged[k] - x[t])).astype(int) for t in range(len(x)))
+        out[k] = scale * merged[k] * (count >= at_least)
+    return out
+
+
+def consensus_ta(taus, depths, scale=0.3, threshold=0.4, at_least=2):
+    return _consensus({k: x.sum(0) for k, x in taus.items()}, taus, scale, threshold, at_least)
+
+
+def consensus_ties(taus, depths, density=0.2, scale=0.3, threshold=0.4, at_least=2):
+    return _consensus(ties(taus, depths, density, 1.0, "sum"), taus, scale, threshold, at_least)
+
+
+def tsv_m(taus, depths, scale=1.0):
+    def polar(a):
+        u, _, vt = np.linalg.svd(a, full_matrices=False)
+        return u @ vt
+
+    def one(x):
+        tasks = len(x)
+        rank = min(x.shape[1:]) // tasks if x.ndim == 3 else 0
+        if rank == 0:
+            return x.mean(0)
+        parts = [np.linalg.svd(x[t], full_matrices=False) for t in range(tasks)]
+        u = np.concatenate([p[0][:, :rank] for p in parts], axis=1)
+        s = np.concatenate([p[1][:rank] for p in parts])
+        vt = np.concatenate([p[2][:rank] for p in parts], axis=0)
+        return polar(u) @ np.diag(s) @ polar(vt)
+
+    return {k: scale * one(x) for k, x in taus.items()}
+
+
+def dare(taus, depths, masks, density=0.1, scale=0.3):
+    return {k: scale * (x * masks[k] / density).sum(0) for k, x in taus.items()}
+
+
+def dare_ties(taus, depths, masks, density=0.1, scale=1.0):
+    kept = _elect({k: x * masks[k] / density for k, x in taus.items()})
+    return {k: scale * x.sum(0) / np.maximum((x != 0).sum(0), 1) for k, x in kept.items()}

@@ -1,0 +1,52 @@
+"""Errors a newcomer will make."""
+
+import pytest
+
+import taskvec as tv
+from taskvec.merging import Card, method, register
+from tests.models_for_tests import random_models
+
+MODELS = random_models(0, 2)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (("tise", {}), r"unknown method 'tise' \(did you mean 'ties'\?\); there are: breadcrumbs, consensus_ta"),
+        (("ties", {"densty": 0.2}), r"no setting 'densty' \(did you mean 'density'\?\); it has density=0.2"),
+        (("ties", {"density": 20}), r"density must lie in \(0, 1\], got 20 \(a percentage is written 0.2"),
+        (("ties", {"scope": "leaf"}), "unknown scope 'leaf'; allowed: model, tensor"),
+        (("ties", {"aggregate": "median"}), "unknown aggregate 'median'; allowed: mean, sum, max"),
+        (("breadcrumbs", {"density": 0.9, "gamma": 0.2}), r"density \+ gamma <= 1"),
+        (("task_arithmetic", {"weights": [1.0]}), "1 weights for 2 task vectors"),
+        (("tsv_m", {"solver": "qr"}), "allowed: gram, svd"),
+        ((tv.chain(tv.trim(0.5)), {}), "ends with one vector a task.*add a reduction such as sum_tasks"),
+        ((tv.chain(tv.sum_tasks()), {"scale": 1.0}), "go into the transforms when a chain is given"),
+    ],
+)
+def test_message(call, message):
+    name, settings = call
+    with pytest.raises(ValueError, match=message):
+        tv.merge(name, *MODELS, **settings)
+
+
+def test_chain_takes_transforms_only():
+    with pytest.raises(TypeError, match="did you forget the brackets"):
+        tv.chain(tv.sum_tasks)
+
+
+def test_include_that_matches_nothing():
+    with pytest.raises(ValueError, match="no floating-point leaf matches include='attn'"):
+        tv.merge("ties", *MODELS, policy=tv.LeafPolicy(include="attn"))
+
+
+def test_depth_is_needed_by_lines():
+    bias = lambda p: {"head": p["head"]}
+    with pytest.raises(ValueError, match="no block index in the parameter names"):
+        tv.merge("lines", bias(MODELS[0]), [bias(p) for p in MODELS[1]])
+
+
+def test_names_are_taken_once():
+    other = method("ties", Card("t", "1.2", 2024, "s"))(lambda: tv.sum_tasks())
+    with pytest.raises(ValueError, match="registered already"):
+        register(other)
