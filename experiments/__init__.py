@@ -1,0 +1,1 @@
+"""Mains: ``python -m experiments.NAME --config=configs/FILE.py[:ARGS] --workdir=DIR``."""

@@ -1,0 +1,1 @@
+"""Scoring merge results: accuracies, result rows, protocols and standard errors."""

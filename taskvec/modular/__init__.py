@@ -1,0 +1,1 @@
+"""Results of merging that are more than one tree of weights: corrections, masks, experts and routers a task or input."""

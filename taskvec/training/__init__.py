@@ -1,0 +1,1 @@
+"""Producing task vectors: frozen classification heads and fine-tuning."""

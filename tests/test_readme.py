@@ -1,0 +1,43 @@
+"""What the README shows works: the new method passes the whole battery, the short program runs."""
+
+import pathlib
+import re
+
+import numpy as np
+import pytest
+from tests.merging import battery
+from tests.models_for_tests import random_models
+
+import taskvec as tv
+from taskvec import tree as trees
+from taskvec.merging import registry
+
+README = pathlib.Path(__file__).parents[1].joinpath("README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+@pytest.fixture
+def new_method():
+    """The README's own method, registered for the length of a test."""
+    source = next(block for block in BLOCKS if "register(" in block)
+    before = dict(registry._METHODS)
+    exec(compile(source, "README.md", "exec"), {"__name__": "metagpt"})
+    yield next(m for name, m in tv.methods().items() if name not in before)
+    registry._METHODS.clear()
+    registry._METHODS.update(before)
+
+
+@pytest.mark.parametrize("check", battery.CHECKS, ids=lambda check: check.__name__)
+def test_new_method_passes_the_battery(new_method, check):
+    check(new_method)
+
+
+def test_new_method_streams_and_follows_its_formula(new_method, tmp_path):
+    battery.streamed_equals_in_memory(new_method, tmp_path)
+    pretrained, finetuned = random_models(11, 3)
+    names = [n for n in trees.flatten(pretrained) if n != "position_ids"]
+    flat = lambda p: np.concatenate([np.asarray(trees.flatten(p)[n], np.float64).ravel() for n in names])
+    taus = [flat(f) - flat(pretrained) for f in finetuned]
+    weights = np.array([tau @ tau for tau in taus]) / sum(tau @ tau for tau in taus)
+    merged = flat(tv.merge(new_method, pretrained, finetuned)) - flat(pretrained)
+    np.testing.assert_allclose(merged, sum(w * tau for w, tau in zip(weights, taus, strict=True)), atol=1e-6)
