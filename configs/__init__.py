@@ -1,1 +1,1 @@
-"""Experiment configs: Python files with ``get_config(arg)``, run by ``python -m experiments.NAME --config=FILE[:ARGS]``."""
+"""Experiment configs: Python files with ``get_config(arg)``, chosen by ``--config=configs/FILE.py[:ARGS]``."""

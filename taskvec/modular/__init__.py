@@ -1,1 +1,1 @@
-"""Results of merging that are more than one tree of weights: corrections, masks, experts and routers a task or input."""
+"""Results of merging that depend on the task or the input: corrections of features, masks, experts, routers."""

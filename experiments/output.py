@@ -1,0 +1,133 @@
+"""What a benchmark leaves: rows, the report, two figures, the coefficients; and the checks before it starts."""
+
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from experiments.prepare import Bench
+from experiments.runs import KINDS, Outcome
+from taskvec.analysis import figures, report
+from taskvec.data import suites
+from taskvec.evaluation import rows as rows_lib, statistics
+from taskvec.evaluation.evaluate import accuracy
+from taskvec.merging import registry
+
+BEST_STATIC = "best static"
+
+
+def in_order(config: Any) -> list[str]:
+    """The labels to run, the individual experts before whatever is taught by them."""
+    return sorted(config.methods, key=lambda label: method_of(config, label) == "surgery")
+
+
+def method_of(config: Any, label: str) -> str:
+    """The method behind a label."""
+    return config.settings[label].get("method", label)
+
+
+def check(config: Any, workdir: pathlib.Path) -> None:
+    """Raises before the long work what would fail after it: unknown methods, settings, claims, an unwritable folder."""
+    for label in config.methods:
+        if label not in config.settings:
+            raise ValueError(f"config.methods names {label!r}, config.settings has {', '.join(config.settings)}")
+        settings = dict(config.settings[label])
+        name = settings.pop("method", label)
+        if name in KINDS:
+            on = settings.get("on")
+            if on is not None and on not in config.methods:
+                raise ValueError(f"{label} builds on {on!r}, which is not in config.methods")
+            continue
+        registry.get(name)(**{k: v[0] if isinstance(v, tuple | list) else v for k, v in settings.items()})
+    for claim in config.claims:
+        unknown = [x for x in claim if x not in (*config.methods, BEST_STATIC)]
+        if unknown:
+            raise ValueError(
+                f"config.claims names {unknown}; allowed: {BEST_STATIC!r} and the labels of config.methods"
+            )
+    suites.parse(config.suite)
+    workdir.mkdir(parents=True, exist_ok=True)
+
+
+class Table:
+    """Collects the outcomes of all seeds and writes them."""
+
+    def __init__(self, config: Any):
+        self.config = config
+        self.rows: list[rows_lib.Row] = []
+        self.correct: dict[str, list[list[np.ndarray]]] = {}  # label -> seeds -> tasks -> [N]
+        self.coefficients: dict[str, tuple] = {}
+
+    def add(self, bench: Bench, label: str, outcome: Outcome) -> str:
+        """Scores an outcome on the test rows; returns a line for the terminal."""
+        names = [task.name for task in bench.tasks]
+        per_task, correct = accuracy(bench.heads, outcome.test, [task.test.labels for task in bench.tasks])
+        self.correct.setdefault(label, []).append(correct)
+        if outcome.coefficients is not None:
+            self.coefficients.setdefault(label, (*outcome.coefficients, names))
+        row = rows_lib.Row(
+            label=label,
+            method=method_of(self.config, label),
+            settings=outcome.settings,
+            model=self.config.model,
+            suite=self.config.name,
+            protocol=suites.protocol(self.config.suite),
+            data_access=outcome.data_access,
+            result=outcome.result,
+            task_id_needed=outcome.task_id_needed,
+            head_trained=False,
+            accuracy=dict(zip(names, map(float, per_task), strict=True)),
+            seconds=outcome.seconds,
+            seed=bench.seed,
+            config_hash=rows_lib.config_hash(self.config.to_dict()),
+        )
+        self.rows.append(row)
+        shown = "  ".join(f"{100 * a:5.1f}" for a in per_task)
+        return f"[bold]{label:<22}[/bold] {shown}   mean {100 * per_task.mean():5.1f}   ({outcome.seconds:.1f} s)"
+
+    def write(self, workdir: pathlib.Path) -> None:
+        """Writes all files into `workdir`."""
+        config, rows = self.config, rows_lib.with_normalised(self.rows)
+        rows_lib.check_same_protocol(rows)
+        rows_lib.write_rows(workdir / "result.jsonl", rows)
+        ordered = [row for label in config.methods for row in rows if row.label == label]
+        parts = [f"# {config.name}", self._about(rows), report.table(ordered), report.differences(self.claims())]
+        rows_lib.write_text(workdir / "report.md", "\n\n".join(parts) + "\n")
+        tasks = list(rows[0].accuracy)
+        mean_of = lambda label: np.mean([list(r.accuracy.values()) for r in rows if r.label == label], axis=0)
+        figures.accuracy(
+            workdir / "accuracy.png",
+            list(config.methods),
+            tasks,
+            np.stack([mean_of(label) for label in config.methods]),
+            title=f"Test accuracy (%), {config.model}, mean of {_count(len(config.seeds), 'seed')}",
+        )
+        if self.coefficients:
+            groups, values, tasks = next(iter(self.coefficients.values()))
+            figures.coefficients(workdir / "coefficients.png", groups, tasks, values)
+            for label, (groups, values, tasks) in self.coefficients.items():
+                found = {"tasks": tasks, "groups": list(groups), "coefficients": np.round(values, 6).tolist()}
+                rows_lib.write_text(workdir / f"coefficients_{label}.json", json.dumps(found))
+
+    def claims(self) -> list[tuple[str, str, float, float]]:
+        """The config's claims with their paired differences: ``(lower, higher, difference, standard error)``."""
+        static = [x for x in self.config.methods if method_of(self.config, x) not in KINDS]
+        mean = {x: np.mean([row.mean_accuracy for row in self.rows if row.label == x]) for x in static}
+        named = {BEST_STATIC: max(mean, key=mean.get)} if mean else {}
+        pairs = [tuple(named.get(x, x) for x in claim) for claim in self.config.claims]
+        return [(a, b, *statistics.paired_difference(self.correct[a], self.correct[b])) for a, b in pairs if a != b]
+
+    def _about(self, rows: list[rows_lib.Row]) -> str:
+        test = ", ".join(
+            f"{name} {len(x)}" for name, x in zip(rows[0].accuracy, self.correct[rows[0].label][0], strict=True)
+        )
+        versions = ", ".join(f"{k} {v}" for k, v in rows[0].versions.items())
+        return (
+            f"Accuracy (%) on test rows ({test}), mean of {_count(len(self.config.seeds), 'seed')}. "
+            f"Peak memory {max(row.peak_memory_mb for row in rows):.0f} MB. {versions}. Protocol `{rows[0].protocol}`."
+        )
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}{'' if n == 1 else 's'}"

@@ -1,0 +1,1 @@
+"""Adaptive merging: a parametrisation, an objective, unlabelled or labelled batches, and one loop (`fit`)."""

@@ -1,0 +1,213 @@
+"""The one optimisation loop: jitted steps, scanned in chunks, resumable, and a pure function of its inputs.
+
+A step's batch and random key depend on the step's number alone, so a run that was killed and resumed from a checkpoint
+gives the same bits as one that was not.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from taskvec import tree as trees
+from taskvec.tree import Tree
+
+Array = jax.Array
+LossFn = Callable[[Tree, Any, Any, Array], tuple[Array, dict[str, Array]]]
+
+
+class FitState(NamedTuple):
+    """What changes from step to step, and is donated to it."""
+
+    learnables: Tree
+    opt_state: Tree
+
+
+class FitResult(NamedTuple):
+    """Attributes: learnables and optimiser state after the last step; history, ``{metric: [steps, ...] numpy}``."""
+
+    learnables: Tree
+    opt_state: Tree
+    history: dict[str, np.ndarray]
+
+
+class FitDiverged(FloatingPointError):
+    """A loss, metric or gradient became NaN or infinite.
+
+    Attributes:
+      step: the first step (from 0) at which it happened.
+      metrics: names of the metrics that were not finite.
+      learnables: paths of the learnables whose gradients were not finite.
+    """
+
+    def __init__(self, step: int, metrics: list[str], learnables: list[str]):
+        self.step, self.metrics, self.learnables = step, metrics, learnables
+        found = [f"{kind} {', '.join(names[:4])}" + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+                 for kind, names in (("metrics", metrics), ("gradients of", learnables)) if names]  # fmt: skip
+        hint = (
+            "the first step already: look for NaN in weights, inputs and batches (vectors.check_finite)"
+            if step == 0
+            else "try a smaller learning rate, or optax.clip_by_global_norm in the optimiser"
+        )
+        super().__init__(f"not finite at step {step}: {'; '.join(found)}. {hint[0].upper()}{hint[1:]}.")
+
+
+def default_chunk() -> int:
+    """Steps in one call of the compiled program: 4 on CPU, where steps are long and progress is wanted, else 10."""
+    return 4 if jax.default_backend() == "cpu" else 10
+
+
+def make_fit(
+    loss_fn: LossFn,
+    optimiser: optax.GradientTransformation,
+    *,
+    chunk: int | None = None,
+    project: Callable[[Tree], Tree] | None = None,
+) -> Callable[..., FitResult]:
+    """Returns a runner ``run(learnables, batches, steps, *, frozen=(), seed=0, checkpoint=None, on_chunk=None)``.
+
+    Its compiled step is shared by all calls with equal shapes: build it once, run it for every task. See `fit`.
+
+    Args:
+      loss_fn: ``(learnables, frozen, batch, key) -> (scalar, {name: array})``.
+      optimiser: of optax.
+      chunk: most steps in one call of the compiled program, by default `default_chunk`. A chunk ends early where the
+        shape of the batches changes; that costs no further compilation, and no result depends on it.
+      project: ``learnables -> learnables`` after every step.
+    """
+    chunk = chunk or default_chunk()
+
+    def step(state: FitState, frozen: Any, batch: Any, key: Array) -> tuple[FitState, Any]:
+        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.learnables, frozen, batch, key)
+        updates, opt_state = optimiser.update(grads, state.opt_state, state.learnables)
+        learnables = optax.apply_updates(state.learnables, updates)
+        finite = {path: jnp.isfinite(g).all() for path, g in trees.flatten(grads).items()}
+        return FitState(project(learnables) if project else learnables, opt_state), ({"loss": loss} | metrics, finite)
+
+    def many(
+        state: FitState, frozen: Any, batches: Any, key: Array, first: Array, count: Array
+    ) -> tuple[FitState, Any]:
+        def one(i, carry):
+            state, recorded = carry
+            batch = jax.tree.map(lambda x: x[i], batches)
+            state, metrics = step(state, frozen, batch, jax.random.fold_in(key, first + i))
+            return state, jax.tree.map(lambda all_, x: all_.at[i].set(x), recorded, metrics)
+
+        shapes = jax.eval_shape(step, state, frozen, jax.tree.map(lambda x: x[0], batches), key)[1]
+        recorded = jax.tree.map(lambda x: jnp.zeros((chunk, *x.shape), x.dtype), shapes)
+        # `count` is dynamic: one program a shape of batch, however many steps of a chunk are asked for.
+        return jax.lax.fori_loop(0, count, one, (state, recorded))
+
+    advance = jax.jit(many, donate_argnums=0)
+
+    def run(
+        learnables: Tree,
+        batches: Callable[[int], Any],
+        steps: int,
+        *,
+        frozen: Any = (),
+        seed: int = 0,
+        checkpoint: Any = None,
+        on_chunk: Callable[[int, dict[str, np.ndarray]], None] | None = None,
+    ) -> FitResult:
+        # Copies: the caller's arrays must outlive the donation of the state.
+        state = FitState(*jax.tree.map(jnp.array, (learnables, optimiser.init(learnables))))
+        key, history, start = jax.random.key(seed), {}, 0
+        if steps > 0:
+            shapes = jax.eval_shape(step, state, frozen, batches(0), key)[1][0]
+            history = {name: np.zeros((steps, *x.shape), x.dtype) for name, x in shapes.items()}
+        if checkpoint is not None and (saved := checkpoint.restore({"state": state, "history": history})) is not None:
+            start, state = saved[0], FitState(*jax.tree.map(jnp.array, tuple(saved[1]["state"])))
+            history = {name: np.array(x) for name, x in saved[1]["history"].items()}
+
+        def record(first: int, count: int, metrics: Any) -> None:
+            values, finite = jax.tree.map(lambda x: x[:count], jax.device_get(metrics))
+            last = first + count
+            _check_finite(first, values, finite)
+            for name, value in values.items():
+                history[name][first:last] = value
+            if on_chunk is not None:
+                on_chunk(last, values)
+
+        pending = None
+        for first, count, stacked in _chunks(batches, start, steps, chunk):
+            state, metrics = advance(state, frozen, stacked, key, np.uint32(first), np.int32(count))
+            # Fetched one chunk late, while the device works on this one.
+            if pending is not None:
+                record(*pending)
+            pending, done = (first, count, metrics), first + count
+            if checkpoint is not None and (done == steps or checkpoint.should_save(done)):
+                record(*pending)  # first, so that no checkpoint holds a diverged state
+                pending = None
+                checkpoint.save(done, {"state": state, "history": history})
+        if pending is not None:
+            record(*pending)
+        return FitResult(*state, history)
+
+    return run
+
+
+def fit(
+    loss_fn: LossFn,
+    learnables: Tree,
+    optimiser: optax.GradientTransformation,
+    batches: Callable[[int], Any],
+    steps: int,
+    *,
+    frozen: Any = (),
+    chunk: int | None = None,
+    project: Callable[[Tree], Tree] | None = None,
+    seed: int = 0,
+    checkpoint: Any = None,
+    on_chunk: Callable[[int, dict[str, np.ndarray]], None] | None = None,
+) -> FitResult:
+    """Minimises ``loss_fn(learnables, frozen, batch, key)`` over `learnables`.
+
+    Args:
+      loss_fn: gives ``(scalar loss, {name: array})``; everything in the dict is recorded, beside ``loss``.
+      learnables: tree of float arrays; left intact.
+      optimiser: of optax.
+      batches: ``step -> batch`` of host arrays, a pure function of the step.
+      steps: number of steps of the whole run, those of a restored checkpoint included.
+      frozen: any tree; an argument of the compiled step, never a constant of it.
+      chunk: see `make_fit`.
+      project: ``learnables -> learnables`` after every step.
+      seed: of the key, which is folded with the step.
+      checkpoint: object with ``should_save(step)``, ``save(step, state)`` and ``restore(state) -> (step, state)`` or
+        None, such as `taskvec.io.checkpoints.Checkpoint`.
+      on_chunk: called with (steps done, metrics of the chunk ``{name: [n, ...]}``), one chunk late.
+
+    Raises:
+      FitDiverged: a metric or gradient is NaN or infinite.
+    """
+    run = make_fit(loss_fn, optimiser, chunk=chunk, project=project)
+    return run(learnables, batches, steps, frozen=frozen, seed=seed, checkpoint=checkpoint, on_chunk=on_chunk)
+
+
+def _chunks(batches: Callable[[int], Any], start: int, steps: int, chunk: int) -> Iterator[tuple[int, int, Any]]:
+    """Yields (first step, number n of steps, their batches stacked and padded to ``[chunk, ...]``)."""
+    signature = lambda batch: str(jax.tree.map(lambda x: (x.shape, x.dtype), batch))
+    group, first = [], start
+    for step in range(start, steps):
+        batch = jax.tree.map(np.asarray, batches(step))
+        if group and (len(group) == chunk or signature(batch) != signature(group[0])):
+            yield first, len(group), _stack(group, chunk)
+            group, first = [], step
+        group.append(batch)
+    if group:
+        yield first, len(group), _stack(group, chunk)
+
+
+def _stack(group: list[Any], size: int) -> Any:
+    return jax.tree.map(lambda *x: np.stack(x + (x[-1],) * (size - len(x))), *group)
+
+
+def _check_finite(first: int, values: dict[str, np.ndarray], finite: dict[str, np.ndarray]) -> None:
+    for i in range(len(values["loss"])):
+        metrics = [name for name, value in values.items() if not np.isfinite(value[i]).all()]
+        learnables = [path for path, ok in finite.items() if not ok[i]]
+        if metrics or learnables:
+            raise FitDiverged(first + i, metrics, learnables)

@@ -1,0 +1,112 @@
+"""Running a model on merged weights without ever holding the whole merged model.
+
+Where a model scans over its layers, one layer is merged at a time *inside* that scan. `jax.checkpoint` around the merge
+makes the backward pass merge the layer again rather than keep it, so an adaptive step needs the memory of an ordinary
+gradient step for one layer. Large embedding tables are merged only in the rows that are looked up.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from taskvec import tree as trees
+from taskvec.adaptive.coefficients import Parametrisation, check_task_axes
+from taskvec.tree import Tree
+
+Array = jax.Array
+
+TABLE_ROWS = 8192  # more rows than hidden widths have: such a matrix is a vocabulary
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LazyTable:
+    """An embedding table that is merged where it is looked up.
+
+    Attributes:
+      theta0: ``[V, d]``.
+      tau: ``[T, V, d]``.
+      factor: ``[T]``, one coefficient a task.
+      merge_tensor: see `Parametrisation.merge_tensor`.
+    """
+
+    theta0: Array
+    tau: Array
+    factor: Array
+    merge_tensor: Callable = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.theta0.shape
+
+    @property
+    def dtype(self):
+        return self.theta0.dtype
+
+    def take(self, ids: Array, axis: int = 0) -> Array:
+        """Merged rows: int ``[...] -> [..., d]``, as ``jnp.take(merged, ids, axis=0)``."""
+        if axis != 0:
+            raise ValueError(f"a lazily merged table is looked up along axis 0, got axis={axis}")
+        return self.merge_tensor(jnp.take(self.theta0, ids, axis=0), jnp.take(self.tau, ids, axis=1), self.factor)
+
+    def __jax_array__(self) -> Array:
+        """The whole merged table, for a model that also multiplies by it (tied output embeddings)."""
+        return self.merge_tensor(self.theta0, self.tau, self.factor)
+
+
+def is_table(path: str, shape: tuple[int, ...]) -> bool:
+    """The default of `merged_apply`'s `lazy`: matrices outside the blocks with at least 8192 rows."""
+    return not trees.is_stacked(path) and len(shape) == 2 and shape[0] >= TABLE_ROWS
+
+
+def merged_apply(
+    apply_fn: Callable[..., Any],
+    parametrisation: Parametrisation,
+    *,
+    scanned: bool,
+    lazy: Callable[[str, tuple[int, ...]], bool] = is_table,
+) -> Callable[[Tree, tuple[Tree, Tree], Any], Any]:
+    """Composes merge and forward pass.
+
+    Args:
+      apply_fn: ``(params, batch) -> outputs``; if `scanned`, it also takes `layer_params` and maps each layer's slice
+        of ``params["blocks"]`` through it inside its scan.
+      parametrisation: how learnables make weights.
+      scanned: merge layer by layer in the model's scan. False merges the whole tree first (any model).
+      lazy: ``(path, shape) -> bool``, tables of which the model only ever calls ``.take(ids, axis=0)``; only those
+        with one factor a task are left unmerged.
+
+    Returns:
+      ``(learnables, (theta0, tau), batch) -> outputs``. Pass the two trees as arguments of whatever is jitted: closed
+      over, they would be constants of the program.
+    """
+
+    def whole(learnables, weights, batch):
+        return apply_fn(parametrisation.merge(*weights, learnables), batch)
+
+    # Forward and backward of a scan are two loops, between which nothing can be common: no barriers are needed.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def merge_layer(layer):
+        return jax.tree.map(parametrisation.merge_tensor, layer["theta0"], layer["tau"], layer["coef"])
+
+    def leaf(path, theta0, tau, factor):
+        if lazy(path, theta0.shape) and getattr(factor, "ndim", None) == 1:
+            return LazyTable(theta0, tau, factor, parametrisation.merge_tensor)
+        return parametrisation.merge_tensor(theta0, tau, factor)
+
+    def layer_by_layer(learnables, weights, batch):
+        theta0, tau = weights
+        if trees.STACK not in theta0:
+            raise ValueError(f"scanned=True needs params[{trees.STACK!r}], found {sorted(theta0)}; pass scanned=False")
+        check_task_axes(theta0, tau)
+        coef = parametrisation.spread(learnables)
+        outside = [{k: v for k, v in part.items() if k != trees.STACK} for part in (theta0, tau, coef)]
+        params = trees.map_with_path(leaf, *outside)
+        params[trees.STACK] = {"theta0": theta0[trees.STACK], "tau": tau[trees.STACK], "coef": coef[trees.STACK]}
+        return apply_fn(params, batch, layer_params=merge_layer)
+
+    return layer_by_layer if scanned else whole

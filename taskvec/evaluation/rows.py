@@ -1,0 +1,178 @@
+"""Result rows: one line of JSON a method and run, with all that is needed to compare, or to refuse to.
+
+Accuracies under different protocols (checkpoint family, splits, heads) are different quantities: see
+`check_same_protocol`.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import platform
+import resource
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from taskvec._version import __version__
+from taskvec.modular.results import KINDS
+
+DATA_ACCESS = ("none", "unlabelled test", "unlabelled train", "few labelled")
+
+
+def peak_memory_mb() -> float:
+    """Peak resident memory of this process since it started, in MB (2^20 bytes)."""
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def versions() -> dict[str, str]:
+    """Versions that a number may depend on, and the kind of device."""
+    return {
+        "taskvec": __version__,
+        "jax": jax.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "device": jax.devices()[0].device_kind,
+    }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One method on one suite and seed.
+
+    Attributes:
+      label: name of the run in its report.
+      method: registry name.
+      settings: everything the method was called with, JSON values.
+      model: name of the pretrained checkpoint.
+      suite: name of the set of tasks.
+      protocol: tag of checkpoint family, splits and heads; rows compare only within one.
+      data_access: of `DATA_ACCESS`.
+      result: of `taskvec.modular.results.KINDS`.
+      task_id_needed: whether the task must be known at test time.
+      head_trained: whether heads were trained.
+      accuracy: by task, fractions.
+      seconds: wall-clock time of the method, evaluation excluded.
+      seed: of the run.
+      config_hash: of the whole configuration.
+      normalised_accuracy: mean over tasks of ``accuracy_t / individual_t``; None if not known, see `with_normalised`.
+      peak_memory_mb: peak resident memory of the process when the row was made.
+      versions: of libraries and device.
+    """
+
+    label: str
+    method: str
+    settings: Mapping[str, Any]
+    model: str
+    suite: str
+    protocol: str
+    data_access: str
+    result: str
+    task_id_needed: bool
+    head_trained: bool
+    accuracy: Mapping[str, float]
+    seconds: float
+    seed: int
+    config_hash: str
+    normalised_accuracy: float | None = None
+    peak_memory_mb: float = dataclasses.field(default_factory=peak_memory_mb)
+    versions: Mapping[str, str] = dataclasses.field(default_factory=versions)
+
+    def __post_init__(self):
+        for name, allowed in (("data_access", DATA_ACCESS), ("result", KINDS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
+        if not self.accuracy or not all(0 <= value <= 1 for value in self.accuracy.values()):
+            raise ValueError(f"accuracies must be fractions, one a task at least; found {dict(self.accuracy)}")
+
+    @property
+    def mean_accuracy(self) -> float:
+        """Mean over tasks."""
+        return float(np.mean(list(self.accuracy.values())))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All attributes and the mean accuracy."""
+        return {**dataclasses.asdict(self), "mean_accuracy": self.mean_accuracy}
+
+    def to_json(self) -> str:
+        """One line, keys sorted."""
+        return json.dumps(self.to_dict(), sort_keys=True, default=_plain, allow_nan=False)
+
+
+def with_normalised(rows: Sequence[Row], reference: str = "individual") -> list[Row]:
+    """Fills in normalised accuracies from the rows labelled `reference`, of equal protocol, suite, model and seed."""
+    key = lambda row: (row.protocol, row.suite, row.model, row.seed)
+    individual = {key(row): row.accuracy for row in rows if row.label == reference}
+
+    def normalised(row: Row) -> float | None:
+        best = individual.get(key(row), {})
+        ratios = [value / best[task] for task, value in row.accuracy.items() if best.get(task)]
+        return float(np.mean(ratios)) if len(ratios) == len(row.accuracy) else None
+
+    return [dataclasses.replace(row, normalised_accuracy=normalised(row)) for row in rows]
+
+
+def check_same_protocol(rows: Sequence[Row]) -> None:
+    """Raises `ValueError` unless all rows are of one protocol, suite and model; call it before averaging or ranking."""
+    found = sorted({(row.protocol, row.suite, row.model) for row in rows})
+    if len(found) > 1:
+        listed = "; ".join(f"protocol {p}, suite {s}, model {m}" for p, s, m in found)
+        raise ValueError(f"rows of different protocols are not comparable: {listed}. Select one of them first.")
+
+
+def write_rows(path: str | os.PathLike, rows: Iterable[Row]) -> None:
+    """Writes rows as JSON lines, replacing the file whole."""
+    write_text(path, "".join(row.to_json() + "\n" for row in rows))
+
+
+def read_rows(path: str | os.PathLike) -> list[Row]:
+    """Rows of a file that `write_rows` wrote; raises `ValueError` naming the line that is none."""
+    rows = []
+    for number, line in enumerate(pathlib.Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            fields = json.loads(line)
+            rows.append(Row(**{key: value for key, value in fields.items() if key != "mean_accuracy"}))
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}, line {number} is no result row: {error}") from error
+    return rows
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes a text file, whole or not at all."""
+    with _replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_npz(path: str | os.PathLike, **arrays: np.ndarray) -> None:
+    """Writes named arrays as ``.npz``, whole or not at all."""
+    with _replacing(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """First 12 hex digits of the SHA-256 of the configuration as JSON with sorted keys."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True, default=_plain).encode()).hexdigest()[:12]
+
+
+@contextlib.contextmanager
+def _replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """A temporary name beside `path`, renamed to it on success and removed on failure."""
+    path = pathlib.Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic | np.ndarray | jax.Array):
+        return np.asarray(value).tolist()
+    raise TypeError(f"{type(value).__name__} is no JSON value")

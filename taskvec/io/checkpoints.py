@@ -1,0 +1,115 @@
+"""Resumable training state: the one file that knows orbax.
+
+Steps lie in numbered folders that appear whole or not at all, so a run killed while it saves resumes from the step
+before. Only arrays are stored: a typed PRNG key is refused (store the seed and fold in the step instead).
+"""
+
+import logging
+import os
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from taskvec import tree as trees
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+
+
+class Checkpoint:
+    """Saves and restores a tree of arrays by step; the object that `taskvec.adaptive.fit` takes as `checkpoint`."""
+
+    def __init__(self, directory: str | os.PathLike, every: int, keep: int = 2):
+        """Opens `directory`, which is made if absent.
+
+        Args:
+          directory: of this run alone.
+          every: steps between two checkpoints.
+          keep: how many of the latest to keep.
+        """
+        if every < 1 or keep < 1:
+            raise ValueError(f"every and keep must be at least 1, found every={every}, keep={keep}")
+        self.directory = pathlib.Path(directory).expanduser().absolute()
+        self.every = every
+        # In step with the run: an asynchronous save could read a buffer that the next step was given to overwrite.
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=True, cleanup_tmp_directories=True, enable_async_checkpointing=False
+        )
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        self._saved = self._manager.latest_step() or 0
+
+    def should_save(self, step: int) -> bool:
+        """Whether `every` steps have passed since the last checkpoint (`fit` asks at the end of a chunk)."""
+        return step // self.every > self._saved // self.every
+
+    def save(self, step: int, state: Any) -> None:
+        """Saves `state` (jax or numpy arrays) as of after `step` steps; returns once it is on disk.
+
+        Raises:
+          TypeError: a leaf is no array, or is a typed PRNG key.
+        """
+        odd = [path for path, leaf in trees.flatten(state).items() if not _is_array(leaf)]
+        if odd:
+            raise TypeError(f"only arrays are saved, so that a resumed run is the same run; these are not: {odd}")
+        # orbax restores numpy leaves without a device; one kind of leaf keeps save and restore alike.
+        arrays = jax.tree.map(jnp.asarray, state)
+        meta = {"format": FORMAT, "shapes": _shapes(arrays)}
+        items = ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
+        self._manager.save(step, args=items, force=True)
+        self._saved = step
+
+    def restore(self, abstract_state: Any) -> tuple[int, Any] | None:
+        """Returns (step, state) of the latest checkpoint, or None if there is none.
+
+        Args:
+          abstract_state: tree of arrays or `jax.ShapeDtypeStruct`; gives structure, dtypes and shardings.
+
+        Raises:
+          ValueError: the checkpoint is of another state (names or shapes differ), so of another configuration.
+        """
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        wanted, found = _shapes(abstract_state), meta["shapes"]
+        differ = sorted(path for path in wanted.keys() | found.keys() if wanted.get(path) != found.get(path))
+        if differ:
+            what = ", ".join(
+                f"{p}: {found.get(p, 'absent')} saved, {wanted.get(p, 'absent')} wanted" for p in differ[:4]
+            )
+            raise ValueError(
+                f"{self.directory} was written with another configuration ({what}); continue with that one, or choose "
+                "an empty directory to start anew"
+            )
+        abstract = jax.tree.map(_abstract, abstract_state)
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        log.info("resuming from step %d of %s", step, self.directory)
+        return step, self._manager.restore(step, args=items).state
+
+    def close(self) -> None:
+        """Releases the directory."""
+        self._manager.close()
+
+    def __enter__(self) -> "Checkpoint":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray) and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _shapes(state: Any) -> dict[str, str]:
+    return {path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in trees.flatten(state).items()}
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

@@ -1,0 +1,146 @@
+"""Names of tensors in Hugging Face files and paths in our trees: one table an architecture, read in both directions.
+
+A rule pairs a name with a path; ``{}`` stands for a layer number in both. The op says how the array differs:
+
+* ``none``: the same array;
+* ``transpose``: a matrix, ``[out, in]`` in the file and ``[in, out]`` here;
+* ``conv``: a convolution kernel, ``[out, in, h, w]`` in the file and ``[h, w, in, out]`` here.
+
+A name that no rule covers is an error, unless the table lists it as ignored: then it is no part of the model here (it
+is not merged), and saving copies it from the source file.
+"""
+
+import collections
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from taskvec import tree as trees
+from taskvec.io.safetensors_format import some
+from taskvec.tree import Tree
+
+_AXES = {"none": None, "transpose": (1, 0), "conv": (2, 3, 1, 0)}
+_AXES_BACK = {"none": None, "transpose": (1, 0), "conv": (3, 2, 0, 1)}
+
+
+class Rule(NamedTuple):
+    """A name in the file, its path in the tree (``{}`` is the same number in both) and the op between them."""
+
+    name: str
+    path: str
+    op: str = "none"
+
+
+class Table(NamedTuple):
+    """The rules of an architecture.
+
+    Attributes:
+      rules: one a kind of tensor.
+      ignore: regular expressions of names that are left out of the tree.
+      prefix: of names in files of models with a head (``bert.`` in BertForSequenceClassification); optional in a file.
+    """
+
+    rules: tuple[Rule, ...]
+    ignore: tuple[str, ...] = ()
+    prefix: str = ""
+
+
+class Place(NamedTuple):
+    """Where a tensor of a file belongs: a per-layer path and an op."""
+
+    path: str
+    op: str
+
+
+def places(table: Table, names: Iterable[str]) -> dict[str, Place]:
+    """Finds the place of every name of a file; ignored names are left out.
+
+    Raises:
+      ValueError: names that no rule or several rules cover, or two names for one path; lists them.
+    """
+    rules = [(_pattern(rule.name), rule) for rule in table.rules]
+    found, unknown, ambiguous = {}, [], []
+    for name in names:
+        bare = name.removeprefix(table.prefix)
+        if any(re.fullmatch(pattern, bare) for pattern in table.ignore):
+            continue
+        matches = [(match, rule) for pattern, rule in rules if (match := pattern.fullmatch(bare))]
+        if len(matches) == 1:
+            match, rule = matches[0]
+            found[name] = Place(rule.path.format(*match.groups()), rule.op)
+        else:
+            (ambiguous if matches else unknown).append(name)
+    claims = collections.Counter(place.path for place in found.values())
+    twice = [name for name, place in found.items() if claims[place.path] > 1]
+    problems = {"no rule covers": unknown, "several rules cover": ambiguous, "one path is claimed by": twice}
+    told = "; ".join(f"{what} {some(sorted(which))}" for what, which in problems.items() if which)
+    if told:
+        raise ValueError(
+            f"{told}. The file is of another architecture, or the table needs a rule or an `ignore` entry."
+        )
+    return found
+
+
+def to_paths(table: Table, tensors: Mapping[str, Any]) -> Tree:
+    """Tensors of a file to a tree with stacked layers; raises `ValueError` as `places` and for missing layers."""
+    flat = {place.path: to_tree_array(tensors[name], place.op) for name, place in places(table, tensors).items()}
+    return trees.stack_layers(trees.unflatten(flat))
+
+
+def to_names(table: Table, tree: Tree) -> dict[str, np.ndarray]:
+    """Inverse of `to_paths`: host arrays under the names of the table, without the prefix.
+
+    Raises:
+      ValueError: leaves that no rule or several rules cover; lists them.
+    """
+    back = Table(tuple(Rule(rule.path, rule.name, rule.op) for rule in table.rules))
+    flat = trees.flatten(trees.unstack_layers(jax.tree.map(np.asarray, tree)))
+    return {place.path: to_file_array(flat[path], place.op) for path, place in places(back, flat).items()}
+
+
+def to_tree_array(array: Any, op: str) -> Any:
+    """An array as the tree has it, from one as the file has it."""
+    return array if _AXES[op] is None else array.transpose(_AXES[op])
+
+
+def to_file_array(array: Any, op: str) -> Any:
+    """An array as the file has it, from one as the tree has it."""
+    return array if _AXES_BACK[op] is None else array.transpose(_AXES_BACK[op])
+
+
+def _pattern(template: str) -> re.Pattern:
+    return re.compile(r"(\d+)".join(re.escape(part) for part in template.split("{}")))
+
+
+def _dense(name: str, path: str) -> tuple[Rule, Rule]:
+    return Rule(f"{name}.weight", f"{path}/kernel", "transpose"), Rule(f"{name}.bias", f"{path}/bias")
+
+
+def _norm(name: str, path: str) -> tuple[Rule, Rule]:
+    return Rule(f"{name}.weight", f"{path}/scale"), Rule(f"{name}.bias", f"{path}/bias")
+
+
+BERT = Table(
+    rules=(
+        Rule("embeddings.word_embeddings.weight", "embeddings/word"),
+        Rule("embeddings.position_embeddings.weight", "embeddings/position"),
+        Rule("embeddings.token_type_embeddings.weight", "embeddings/token_type"),
+        *_norm("embeddings.LayerNorm", "embeddings/norm"),
+        *_dense("encoder.layer.{}.attention.self.query", "blocks/{}/attention/query"),
+        *_dense("encoder.layer.{}.attention.self.key", "blocks/{}/attention/key"),
+        *_dense("encoder.layer.{}.attention.self.value", "blocks/{}/attention/value"),
+        *_dense("encoder.layer.{}.attention.output.dense", "blocks/{}/attention/output"),
+        *_norm("encoder.layer.{}.attention.output.LayerNorm", "blocks/{}/attention/norm"),
+        *_dense("encoder.layer.{}.intermediate.dense", "blocks/{}/mlp/up"),
+        *_dense("encoder.layer.{}.output.dense", "blocks/{}/mlp/down"),
+        *_norm("encoder.layer.{}.output.LayerNorm", "blocks/{}/mlp/norm"),
+    ),
+    # The position numbers are a constant; features are means over tokens and use neither the pooler nor a head.
+    ignore=(r"embeddings\.position_ids", r"pooler\..*", r"cls\..*", r"classifier\..*"),
+    prefix="bert.",
+)
+
+TABLES = {"bert": BERT}

@@ -1,0 +1,158 @@
+"""Reads PyTorch state dicts without PyTorch and without running anything that they hold.
+
+The pickle inside may use only the handful of names listed here (see `taskvec.io.pickles`). Shapes, strides and offsets
+are checked against the bytes there are, before an array is made of them.
+
+Both layouts of ``torch.save`` are read: the zip archive (PyTorch 1.6 and later) and the older sequence of pickles
+followed by raw storages.
+"""
+
+import collections
+import io
+import math
+import pathlib
+import sys
+import zipfile
+from collections.abc import Callable
+from typing import Any, BinaryIO, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from taskvec.io.pickles import DAMAGED, Forbidden, RestrictedUnpickler, load_numpy_pickle, natural
+from taskvec.io.safetensors_format import PathLike, some
+
+__all__ = ["Forbidden", "load_numpy_pickle", "load_state_dict"]
+
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_STORAGES = {
+    "FloatStorage": np.float32, "DoubleStorage": np.float64, "HalfStorage": np.float16,
+    "BFloat16Storage": ml_dtypes.bfloat16, "LongStorage": np.int64, "IntStorage": np.int32,
+    "ShortStorage": np.int16, "CharStorage": np.int8, "ByteStorage": np.uint8, "BoolStorage": np.bool_,
+}  # fmt: skip
+
+
+class _Storage(NamedTuple):
+    key: str
+    dtype: np.dtype
+    size: int
+
+
+class _Tensor(NamedTuple):
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class _Unpickler(RestrictedUnpickler):
+    """Adds the references to storages, which PyTorch keeps outside the pickle."""
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage" or pid[1] not in _STORAGES:
+            raise ValueError(f"not a tensor storage: {str(pid)[:100]}")
+        if len(pid) > 5 and pid[5] is not None:
+            raise ValueError("views of storages (PyTorch before 0.4) are not supported")
+        return _Storage(str(pid[2]), np.dtype(_STORAGES[pid[1]]), natural(pid[4], "size of a storage"))
+
+
+def load_state_dict(path: PathLike) -> dict[str, np.ndarray]:
+    """Reads a ``.pt`` or ``.pth`` file that holds a flat dict from names to tensors.
+
+    Returns:
+      name -> contiguous array in the dtype of the file (bfloat16 as `ml_dtypes.bfloat16`).
+
+    Raises:
+      FileNotFoundError: no such file.
+      Forbidden: the file holds anything but dicts of tensors (a pickled module, an optimiser, code).
+      ValueError: the file is cut short, damaged, or not a flat dict of tensors.
+    """
+    path = pathlib.Path(path)
+    with open(path, "rb") as file:
+        try:
+            table, storages = (_read_zip if zipfile.is_zipfile(file) else _read_legacy)(file, str(path))
+        except Forbidden:
+            raise
+        except (*DAMAGED, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} is damaged or is no PyTorch state dict: {error}") from error
+    if not isinstance(table, dict):
+        raise ValueError(f"{path} holds a {type(table).__name__}; expected a dict of tensors")
+    odd = [str(name) for name, value in table.items() if not isinstance(value, _Tensor) or not isinstance(name, str)]
+    if odd:
+        raise ValueError(f"{path}: entries {some(odd)} are not tensors; save only the state dict of the model")
+    return {name: _array(path, name, tensor, storages) for name, tensor in table.items()}
+
+
+def _torch_names() -> dict[tuple[str, str], Any]:
+    """The allow-list for state dicts, made anew for every file because a pickle can write to what it is given."""
+    allowed: dict[tuple[str, str], Any] = {("torch", name): name for name in _STORAGES}
+
+    def rebuild_tensor(storage, offset, shape, strides, requires_grad=False, hooks=None, metadata=None):
+        del requires_grad, hooks, metadata
+        if not isinstance(storage, _Storage):
+            raise TypeError("a tensor without a storage")
+        shape, strides = (tuple(natural(n, what) for n in x) for x, what in ((shape, "axis"), (strides, "stride")))
+        return _Tensor(storage, natural(offset, "offset"), shape, strides)
+
+    return allowed | {
+        ("collections", "OrderedDict"): lambda *args: collections.OrderedDict(*args),
+        ("torch._utils", "_rebuild_tensor_v2"): rebuild_tensor,
+        ("torch._utils", "_rebuild_parameter"): lambda data, requires_grad, hooks: data,
+    }
+
+
+def _read_zip(file: BinaryIO, source: str) -> tuple[Any, Callable[[_Storage], bytes]]:
+    """The unpickled table of a zip checkpoint, and a function giving the bytes of a storage."""
+    with zipfile.ZipFile(file) as archive:
+        members = {name.partition("/")[2]: name for name in archive.namelist()}
+        if "data.pkl" not in members:
+            raise ValueError("it is a zip archive without data.pkl")
+        if "byteorder" in members and archive.read(members["byteorder"]).strip() != sys.byteorder.encode():
+            raise ValueError("it was written on a machine of the other byte order")
+        table = _Unpickler(io.BytesIO(archive.read(members["data.pkl"])), _torch_names(), source).load()
+        wanted = {x.storage for x in table.values() if isinstance(x, _Tensor)} if isinstance(table, dict) else set()
+        data = {storage: archive.read(members[f"data/{storage.key}"]) for storage in wanted}
+    return table, data.__getitem__
+
+
+def _read_legacy(file: BinaryIO, source: str) -> tuple[Any, Callable[[_Storage], bytes]]:
+    """As `_read_zip` for the layout before PyTorch 1.6: magic, version, machine, table, keys, then raw storages."""
+    file.seek(0)
+    magic, _, machine = (_Unpickler(file, {}, source).load() for _ in range(3))
+    if magic != _LEGACY_MAGIC:
+        raise ValueError("it has not the magic number of a PyTorch checkpoint")
+    if not machine["little_endian"] or sys.byteorder != "little":
+        raise ValueError("old checkpoints are read only where both machines are little-endian")
+    table = _Unpickler(file, _torch_names(), source).load()
+    keys = _Unpickler(file, {}, source).load()
+    tensors = [x for x in table.values() if isinstance(x, _Tensor)] if isinstance(table, dict) else []
+    itemsize = {x.storage.key: x.storage.dtype.itemsize for x in tensors}
+    data = {}
+    for key in keys:
+        size = int.from_bytes(file.read(8), "little", signed=True)
+        # A storage that no tensor of the table uses has an unknown width, so what follows could not be found.
+        data[key] = file.read(natural(size, "size of a storage") * itemsize[key])
+    return table, lambda storage: data[storage.key]
+
+
+def _array(path: pathlib.Path, name: str, tensor: _Tensor, storages: Callable[[_Storage], bytes]) -> np.ndarray:
+    """Cuts one tensor out of its storage, after checking that every element lies inside it."""
+    storage, offset, shape, strides = tensor
+    where = f"{path}: tensor {name}"
+    try:
+        data = storages(storage)
+    except KeyError as error:
+        raise ValueError(f"{where}: its storage {storage.key!r} is not in the file") from error
+    if len(data) < storage.size * storage.dtype.itemsize:
+        raise ValueError(f"{where}: its storage has {len(data)} bytes, but the file announces {storage.size} numbers")
+    count = math.prod(shape)
+    last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+    # More elements than the storage holds means overlapping ones (an expanded tensor), which could be of any size.
+    if count and (last >= storage.size or count > storage.size):
+        raise ValueError(f"{where}: shape {shape}, strides {strides} reach beyond its {storage.size} numbers")
+    flat = np.frombuffer(data, storage.dtype, storage.size)
+    if not count:
+        return np.empty(shape, storage.dtype)
+    steps = tuple(s * storage.dtype.itemsize for s in strides)
+    # `order="C"` makes the copy contiguous whatever the strides in the file were.
+    return np.lib.stride_tricks.as_strided(flat[offset:], shape, steps).copy(order="C")

@@ -1,0 +1,13 @@
+"""Models as pure functions over nested dicts, and loading and saving them.
+
+    model, params = models.load("path/to/all-MiniLM-L6-v2")
+    features = model.apply(params, {"ids": ids, "mask": mask})["features"]
+
+`load` takes a Hugging Face folder, whose ``config.json`` says which family it is, or a PyTorch file of
+EfficientNet-Lite0.
+"""
+
+from taskvec.models.base import Model
+from taskvec.models.files import FAMILIES, describe, load, save
+
+__all__ = ["FAMILIES", "Model", "describe", "load", "save"]

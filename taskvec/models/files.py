@@ -1,0 +1,155 @@
+"""Loading and saving models: which family a file belongs to, and what must agree before it is taken."""
+
+import json
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from taskvec import tree as trees
+from taskvec.io import names, safetensors, torch_checkpoint
+from taskvec.io.safetensors_format import listing, write_text
+from taskvec.models import bert, efficientnet
+from taskvec.models.base import Model
+from taskvec.tree import Tree
+
+PathLike = str | os.PathLike
+
+# ``model_type`` of config.json -> how to make the model from its fields.
+FAMILIES = {
+    "bert": lambda fields, dtype: bert.make(bert.Config.from_json(fields), dtype),
+    efficientnet.NAME: lambda fields, dtype: efficientnet.make(dtype=dtype),
+}
+TORCH = (".pth", ".pt")
+_TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json", "modules.json",
+    "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json",
+)  # fmt: skip
+
+
+def describe(path: PathLike, dtype: Any = jnp.float32) -> Model:
+    """The model of a folder or file without reading its weights; arguments and errors as `load`."""
+    path = pathlib.Path(path)
+    if path.suffix in TORCH:
+        return efficientnet.make(dtype=dtype)
+    fields = _config(path)
+    if fields.get("model_type") not in FAMILIES:
+        raise ValueError(
+            f"{path / 'config.json'} has model_type {fields.get('model_type')!r}; supported are {', '.join(FAMILIES)}, "
+            "and a PyTorch file (.pth) of EfficientNet-Lite0"
+        )
+    return FAMILIES[fields["model_type"]](fields, dtype)
+
+
+def load(path: PathLike, dtype: Any = jnp.float32) -> tuple[Model, Tree]:
+    """Loads a model and its params.
+
+    Args:
+      path: a Hugging Face folder (``config.json`` and safetensors), a folder written by `save`, or the ``.pth`` file of
+        EfficientNet-Lite0, whose batch normalisation is folded into the convolutions.
+      dtype: of the params.
+
+    Raises:
+      FileNotFoundError: no config or no weights; says what is there.
+      ValueError: an architecture that is not supported, names or shapes that do not belong to it, a damaged file, or
+        NaN or infinity in a tensor; says which file and tensor.
+    """
+    path = pathlib.Path(path)
+    model = describe(path, dtype)
+    if path.suffix in TORCH:
+        params = efficientnet.fold(torch_checkpoint.load_state_dict(path))
+    else:
+        reader = safetensors.SafetensorsReader(path, check_finite=True)
+        params = _to_tree(model, {name: reader.read(name) for name in _wanted(model, reader)})
+    _check(path, model, params)
+    return model, jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
+
+
+def save(folder: PathLike, model: Model, params: Tree, *, source: PathLike | None = None) -> None:
+    """Writes a folder that `load`, and for Hugging Face families ``transformers``, takes.
+
+    The weights appear whole or not at all, the config last.
+
+    Args:
+      folder: to write; made if absent.
+      model: as from `load`.
+      params: of the model, in their dtype.
+      source: the folder that the model came from. Its config and tokenizer files are copied, and so are tensors that
+        are no part of the params (MiniLM's pooler). Without it the folder has the encoder alone.
+
+    Raises:
+      ValueError: the params are not those of the model, or `source` holds another model.
+    """
+    folder = pathlib.Path(folder)
+    _check(folder, model, params)
+    tensors = _to_file(model, params)
+    fields = {"model_type": model.name, **(_hf_fields(model) if model.name in names.TABLES else {})}
+    if source is not None and pathlib.Path(source).is_dir():
+        source = pathlib.Path(source)
+        fields = _config(source)
+        dtype = str(next(iter(tensors.values())).dtype)
+        fields |= {key: dtype for key in ("dtype", "torch_dtype") if key in fields}
+        tensors = _with_rest_of(source, model, tensors)
+        for name in _TOKENIZER:
+            if (source / name).is_file():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source / name, folder / name)
+    safetensors.save(folder, tensors)
+    write_text(folder / "config.json", json.dumps(fields, indent=2) + "\n")
+
+
+def _config(folder: pathlib.Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    if not file.is_file():
+        what = f"it holds {listing(folder)}" if folder.is_dir() else "it is no folder"
+        raise FileNotFoundError(
+            f"{folder} has no config.json ({what}); name a Hugging Face model folder or a .pth file"
+        )
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _wanted(model: Model, reader: safetensors.SafetensorsReader) -> list[str]:
+    """The names of the file that are part of the params; found from the header, before a tensor is read."""
+    return list(names.places(names.TABLES[model.name], reader.specs) if model.name in names.TABLES else reader.specs)
+
+
+def _to_tree(model: Model, tensors: dict[str, np.ndarray]) -> Tree:
+    if model.name in names.TABLES:
+        return names.to_paths(names.TABLES[model.name], tensors)
+    return trees.unflatten(tensors)
+
+
+def _to_file(model: Model, params: Tree) -> dict[str, np.ndarray]:
+    if model.name in names.TABLES:
+        return names.to_names(names.TABLES[model.name], params)
+    return {path: np.asarray(x) for path, x in trees.flatten(params).items()}
+
+
+def _with_rest_of(source: pathlib.Path, model: Model, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors under the names that `source` gives them, with its tensors that are no part of the params."""
+    if model.name not in names.TABLES:
+        return tensors
+    reader = safetensors.SafetensorsReader(source)
+    mine = names.places(names.TABLES[model.name], tensors)
+    here = {place.path: name for name, place in mine.items()}
+    theirs = names.places(names.TABLES[model.name], reader.specs)
+    if {p.path for p in theirs.values()} != here.keys():
+        raise ValueError(f"source {source} holds another model: its tensors are not those of the params")
+    return {n: tensors[here[theirs[n].path]] if n in theirs else reader.read(n) for n in reader.specs}
+
+
+def _hf_fields(model: Model) -> dict[str, Any]:
+    return {**vars(model.config), "hidden_act": "gelu", "architectures": ["BertModel"]}
+
+
+def _check(path: pathlib.Path, model: Model, params: Tree) -> None:
+    found = {p: tuple(x.shape) for p, x in trees.flatten(params).items()}
+    wanted = {p: x.shape for p, x in trees.flatten(model.abstract).items()}
+    differ = sorted(p for p in found.keys() | wanted.keys() if found.get(p) != wanted.get(p))
+    if differ:
+        what = "; ".join(f"{p}: {found.get(p, 'absent')}, expected {wanted.get(p, 'nothing')}" for p in differ[:4])
+        raise ValueError(f"{path}: the params are not those of its {model.name} config: {what}")

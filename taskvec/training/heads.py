@@ -1,0 +1,77 @@
+"""Frozen classification heads made from the pretrained model's own features: the stand-in for zero-shot text heads.
+
+A class is the direction of its mean unit-norm feature; logits are scaled cosines. Heads of T tasks with different
+numbers of classes are padded to one width, so that all tasks share one compiled program.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array
+
+PADDED = -1e9  # logit of a class that a task lacks
+
+
+class Heads(NamedTuple):
+    """Heads of T tasks.
+
+    Attributes:
+      kernel: ``[T, d, C]`` float32, unit columns, zeros where a task has fewer than C classes.
+      class_mask: ``[T, C]`` bool, true for a task's classes.
+      scale: factor on the cosines (the reciprocal of a temperature).
+    """
+
+    kernel: Array
+    class_mask: Array
+    scale: float | Array
+
+
+def normalise(features: Array) -> Array:
+    """``z / |z|_2`` over the last axis; zero stays zero, with a finite gradient."""
+    return features * jax.lax.rsqrt(jnp.maximum(jnp.square(features).sum(-1, keepdims=True), 1e-12))
+
+
+def class_means(features: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """One task's kernel ``[d, C]``: ``w_c = normalise(mean_{i: y_i = c} z_i / |z_i|)``.
+
+    Args:
+      features: ``[N, d]``, pooled features of the pretrained model on training rows.
+      labels: ``[N]`` int.
+      num_classes: C.
+
+    Raises:
+      ValueError: a class has no row.
+    """
+    counts = np.bincount(labels, minlength=num_classes)
+    if len(counts) > num_classes or not counts.all():
+        empty = np.flatnonzero(counts == 0).tolist()
+        raise ValueError(
+            f"labels must be 0..{num_classes - 1} with a row each; found up to {len(counts) - 1}, none for {empty}"
+        )
+    unit = np.asarray(normalise(jnp.asarray(features, jnp.float32)))
+    sums = np.zeros((num_classes, features.shape[1]), np.float32)
+    np.add.at(sums, labels, unit)
+    return np.asarray(normalise(jnp.asarray(sums / counts[:, None]))).T
+
+
+def make_heads(kernels: Sequence[np.ndarray], scale: float = 20.0) -> Heads:
+    """Pads kernels ``[d, C_t]`` to the largest C and stacks them."""
+    width = max(kernel.shape[1] for kernel in kernels)
+    padded = [np.pad(kernel, ((0, 0), (0, width - kernel.shape[1]))) for kernel in kernels]
+    mask = np.stack([np.arange(width) < kernel.shape[1] for kernel in kernels])
+    return Heads(jnp.asarray(np.stack(padded), jnp.float32), jnp.asarray(mask), scale)
+
+
+def logits(kernel_dxC: Array, mask_C: Array, scale: float | Array, features_Bxd: Array) -> Array:
+    """``scale * cos(z, w_c)``: ``[B, d] -> [B, C]``; -1e9 for classes that the task lacks."""
+    cosines = normalise(features_Bxd) @ kernel_dxC
+    return jnp.where(mask_C[None, :], scale * cosines, PADDED)
+
+
+def all_logits(heads: Heads, features_TxBxd: Array) -> Array:
+    """Every task's logits on its own rows: ``[T, B, d] -> [T, B, C]``."""
+    return jax.vmap(logits, (0, 0, None, 0))(heads.kernel, heads.class_mask, heads.scale, features_TxBxd)
