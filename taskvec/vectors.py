@@ -5,7 +5,6 @@
 arXiv 2212.04089.
 """
 
-import functools
 from collections.abc import Sequence
 
 import jax
@@ -38,9 +37,14 @@ def check_same_model(pretrained: Tree, other: Tree, name: str) -> None:
 
 def check_finite(params: Tree, name: str) -> None:
     """Raises `ValueError` naming the leaves that hold NaN or infinity."""
-    bad = [p for p, x in trees.flatten(params).items() if trees.is_float(x) and not bool(jnp.isfinite(x).all())]
+    bad = [path for path, finite in _finite(params).items() if not finite]
     if bad:
         raise ValueError(f"{name} holds NaN or infinity in {', '.join(bad[:4])}{' ...' if len(bad) > 4 else ''}")
+
+
+@jax.jit
+def _finite(params: Tree) -> dict[str, jax.Array]:
+    return {p: jnp.isfinite(x).all() for p, x in trees.flatten(params).items() if trees.is_float(x)}
 
 
 def _task_axis(path: str) -> int:
@@ -65,18 +69,18 @@ def task_vectors(pretrained: Tree, finetuned: Sequence[Tree]) -> Tree:
     for i, params in enumerate(finetuned):
         check_same_model(pretrained, params, f"fine-tuned model {i}")
 
-    return trees.map_with_path(
-        lambda path, theta0, *thetas: leaf_vectors(theta0, thetas, trees.is_stacked(path)), pretrained, *finetuned
-    )
+    return _task_vectors(pretrained, finetuned)
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def leaf_vectors(theta0: jax.Array, thetas: Sequence[jax.Array], stacked: bool) -> jax.Array:
-    """The task vectors of one leaf: ``[T, ...]``, or ``[L, T, ...]`` if it holds stacked layers; zeros for integers."""
-    if not trees.is_float(theta0):
-        return jnp.stack([jnp.zeros(theta0.shape, jnp.float32) for _ in thetas], int(stacked))
-    base = theta0.astype(jnp.float32)
-    return jnp.stack([theta.astype(jnp.float32) - base for theta in thetas], int(stacked))
+@jax.jit
+def _task_vectors(pretrained: Tree, finetuned: list[Tree]) -> Tree:
+    def stack(path, theta0, *thetas):
+        if not trees.is_float(theta0):
+            return jnp.stack([jnp.zeros(theta0.shape, jnp.float32) for _ in thetas], _task_axis(path))
+        base = theta0.astype(jnp.float32)
+        return jnp.stack([theta.astype(jnp.float32) - base for theta in thetas], _task_axis(path))
+
+    return trees.map_with_path(stack, pretrained, *finetuned)
 
 
 def num_tasks(tau: Tree) -> int:

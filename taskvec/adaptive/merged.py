@@ -1,8 +1,13 @@
-"""Running a model on merged weights without ever holding the whole merged model.
+"""Running a model on merged weights without holding the whole merged model.
 
 Where a model scans over its layers, one layer is merged at a time *inside* that scan. `jax.checkpoint` around the merge
-makes the backward pass merge the layer again rather than keep it, so an adaptive step needs the memory of an ordinary
-gradient step for one layer. Large embedding tables are merged only in the rows that are looked up.
+keeps slices of the task vectors out of what is stored for the backward pass. The merged weights themselves are stored
+there unless the model's scan body stands under a `jax.checkpoint` of its own, with the policy ``dots_saveable``: then
+products of matrices are kept and weights merged again, and no whole merged model exists. Large embedding tables are
+merged only in the rows that are looked up.
+
+Peak temporary memory of a gradient (MiniLM, 22.7 M parameters, 8 tasks of 8 rows of 32 tokens, float32, CPU): whole
+merge 1432 MiB, merge in the scan 767, with the checkpointed body 419; 1.9 s each.
 """
 
 import dataclasses

@@ -36,7 +36,7 @@ def table(rows: Sequence[Row]) -> str:
                 f"{100 * np.mean(normalised):.1f}" if normalised else "",
                 group[0].data_access,
                 "yes" if group[0].task_id_needed else "no",
-                f"{np.mean([r['seconds'] for r in group]):.1f}",
+                f"{np.mean([r.seconds for r in group]):.1f}",
             ]
         )
     cells = [head, ["---"] + ["---:"] * (len(tasks) + 2) + ["---"] * 2 + ["---:"], *lines]

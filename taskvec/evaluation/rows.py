@@ -4,7 +4,6 @@ Accuracies under different protocols (checkpoint family, splits, heads) are diff
 `check_same_protocol`.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -13,7 +12,7 @@ import pathlib
 import platform
 import resource
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -144,32 +143,19 @@ def read_rows(path: str | os.PathLike) -> list[Row]:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes a text file, whole or not at all."""
-    with _replacing(path) as temporary:
+    """Writes a text file whole or not at all: under a temporary name beside it, then renamed."""
+    path = pathlib.Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
         temporary.write_text(text, encoding="utf-8")
-
-
-def write_npz(path: str | os.PathLike, **arrays: np.ndarray) -> None:
-    """Writes named arrays as ``.npz``, whole or not at all."""
-    with _replacing(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **arrays)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
     """First 12 hex digits of the SHA-256 of the configuration as JSON with sorted keys."""
     return hashlib.sha256(json.dumps(config, sort_keys=True, default=_plain).encode()).hexdigest()[:12]
-
-
-@contextlib.contextmanager
-def _replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """A temporary name beside `path`, renamed to it on success and removed on failure."""
-    path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _plain(value: Any) -> Any:

@@ -3,8 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from taskvec import tree as trees, vectors
@@ -56,14 +54,10 @@ def merge(
 
     def leaves():
         for path, tensor in plan.tensors.items():
-            tau = vectors.leaf_vectors(flat0[path], [flat[path] for flat in flats], tensor.stacked)
             extra = {name: flat[path] for name, flat in flat_extras.items() if path in flat}
-            yield path, make_leaf(tensor, plan.info, flat0[path], tau, extra)
+            yield path, make_leaf(tensor, plan.info, flat0[path], tuple(flat[path] for flat in flats), extra)
 
-    merged = dict(flat0)
-    for path, x in run(transform, plan, leaves):
-        merged[path] = _add(path, flat0[path], x)
-    return trees.unflatten(merged)
+    return trees.unflatten({**flat0, **dict(run(transform, plan, leaves, add=True))})
 
 
 def _resolve(method: Which, settings: Mapping, extras: Mapping) -> Chain:
@@ -73,15 +67,6 @@ def _resolve(method: Which, settings: Mapping, extras: Mapping) -> Chain:
     if missing:
         raise ValueError(f"{method} needs extras {missing}: trees computed from data, see its card")
     return transform
-
-
-def _add(path: str, theta0: Any, x: jax.Array) -> jax.Array:
-    if x.shape != tuple(theta0.shape):
-        raise ValueError(
-            f"the chain ends with one vector a task ({path} has shape {x.shape}): add a reduction such as sum_tasks(), "
-            "mean_tasks() or disjoint_mean(), or use transform_task_vectors to get the vectors"
-        )
-    return vectors.apply(jnp.asarray(theta0), x)
 
 
 class Reader(Protocol):
@@ -127,13 +112,12 @@ def merge_streamed(
         nonlocal done
         for path, tensor in plan.tensors.items():
             theta0 = pretrained.read(path)
-            tau = vectors.leaf_vectors(theta0, [reader.read(path) for reader in finetuned], tensor.stacked)
-            yield path, make_leaf(tensor, plan.info, jnp.asarray(theta0), tau, {})
+            yield path, make_leaf(tensor, plan.info, theta0, tuple(reader.read(path) for reader in finetuned), {})
             done += 1
             if on_tensor:
                 on_tensor(done, total)
 
-    for path, x in run(transform, plan, leaves):
-        write(path, np.asarray(_add(path, pretrained.read(path), x)))
+    for path, weights in run(transform, plan, leaves, add=True):
+        write(path, np.asarray(weights))
     for path in specs.keys() - plan.tensors.keys():
         write(path, pretrained.read(path))

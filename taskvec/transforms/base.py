@@ -45,7 +45,8 @@ class Leaf:
 
     Attributes:
       theta0: pretrained weights ``[...]``.
-      tau: the task vectors as they came in, ``[T, ...]`` float32, whatever earlier transforms made of them.
+      tau: the task vectors as they came in, ``[T, ...]`` float32, whatever earlier transforms made of them. (Outside
+        the compiled functions of `run.py` it may be the T fine-tuned tensors, from which these are made.)
       extras: what the method asked for besides weights (Gram matrices, Fisher information), by name.
       depth: block index, -1 outside the blocks (int32 scalar).
       path_hash: hash of the per-layer path (uint32 scalar), the root of the tensor's random stream.

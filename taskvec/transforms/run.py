@@ -5,6 +5,7 @@ sharded or not) or tensors read from files one by one. `measured` and `applied` 
 leaves of the same shape; stacked layers go by `jax.vmap`.
 """
 
+import dataclasses
 import functools
 import re
 import zlib
@@ -73,7 +74,7 @@ def make_plan(stages: Chain, specs: Mapping[str, Any], num_tasks: int, policy: L
       policy: which leaves take part.
 
     Raises:
-      ValueError: there is no task, no leaf takes part, or the policy takes some layers of a stacked leaf and not others.
+      ValueError: no task, no leaf takes part, or the policy takes some layers of a stacked leaf only.
     """
     if num_tasks < 1:
         raise ValueError("a merge needs at least one fine-tuned model")
@@ -105,14 +106,31 @@ def make_plan(stages: Chain, specs: Mapping[str, Any], num_tasks: int, policy: L
     return Plan(tensors, ModelInfo(num_tasks, size + unseen, unseen, blocks))
 
 
-def make_leaf(tensor: Tensor, info: ModelInfo, theta0: Array, tau: Array, extras: dict, row0: Any = 0) -> Leaf:
-    """Puts arrays and description together."""
-    row0 = jnp.full(tensor.depth.shape, row0, jnp.int32)
-    return Leaf(theta0, tau, extras, tensor.depth, tensor.path_hash, row0, info, tensor.holds)
+def make_leaf(tensor: Tensor, info: ModelInfo, theta0: Array, tau: Any, extras: dict, row0: Any = 0) -> Leaf:
+    """Puts arrays and description together.
+
+    Args:
+      tensor, info: from the plan.
+      theta0: pretrained weights.
+      tau: the task vectors of the leaf, or a tuple of its T fine-tuned versions.
+      extras: as in `Leaf`.
+      row0: first row, if this is a part of the tensor.
+    """
+    return Leaf(
+        theta0, tau, extras, tensor.depth, tensor.path_hash, np.full_like(tensor.depth, row0), info, tensor.holds
+    )
 
 
-def through(stages: tuple[Transform, ...], stats: tuple, x: Array, leaf: Leaf) -> Array:
-    """Carries one per-layer tensor through finished stages."""
+def _with_vectors(leaf: Leaf) -> Leaf:
+    """Makes the task vectors of one per-layer tensor, in float32, from its fine-tuned versions."""
+    if not isinstance(leaf.tau, tuple):
+        return leaf
+    base = leaf.theta0.astype(jnp.float32)
+    return dataclasses.replace(leaf, tau=jnp.stack([theta.astype(jnp.float32) - base for theta in leaf.tau]))
+
+
+def _through(stages: tuple[Transform, ...], stats: tuple, leaf: Leaf) -> Array:
+    x = leaf.tau
     for stage, stat in zip(stages, stats, strict=True):
         x = stage.apply(x, leaf, stat)
     return x
@@ -128,7 +146,8 @@ def measured(stages: tuple[Transform, ...], round_: int, stats: tuple, earlier: 
     measure = stages[-1].measures[round_]
 
     def one(leaf: Leaf):
-        return measure.of_leaf(through(stages[:-1], stats, leaf.tau, leaf), leaf, earlier)
+        leaf = _with_vectors(leaf)
+        return measure.of_leaf(_through(stages[:-1], stats, leaf), leaf, earlier)
 
     parts = _over_layers(one, stacked)(leaf)
     if not stacked:
@@ -137,16 +156,29 @@ def measured(stages: tuple[Transform, ...], round_: int, stats: tuple, earlier: 
     return jax.tree.map(fold, parts)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def applied(stages: tuple[Transform, ...], stats: tuple, leaf: Leaf, stacked: bool) -> Array:
-    """One leaf through the whole chain."""
-    return _over_layers(lambda leaf: through(stages, stats, leaf.tau, leaf), stacked)(leaf)
+@functools.partial(jax.jit, static_argnums=(0, 3, 4))
+def applied(stages: tuple[Transform, ...], stats: tuple, leaf: Leaf, stacked: bool, add: bool) -> Array:
+    """One leaf through the whole chain; with `add` the merged weights, in the dtype of the pretrained ones."""
+
+    def one(leaf: Leaf):
+        leaf = _with_vectors(leaf)
+        x = _through(stages, stats, leaf)
+        if add and x.shape != leaf.theta0.shape:
+            raise ValueError(
+                f"the chain ends with one vector a task (shape {x.shape}, weights {leaf.theta0.shape}): add a "
+                "reduction such as sum_tasks(), mean_tasks() or disjoint_mean(), or get the vectors by "
+                "transform_task_vectors"
+            )
+        return (leaf.theta0.astype(jnp.float32) + x).astype(leaf.theta0.dtype) if add else x
+
+    return _over_layers(one, stacked)(leaf)
 
 
 def run(
     transform: Transform | Chain,
     plan: Plan,
     leaves: Callable[[], Iterator[tuple[str, Leaf]]],
+    add: bool = False,
 ) -> Iterator[tuple[str, Array]]:
     """Yields ``(path, x)`` for every leaf: all measuring passes first, then one pass that applies.
 
@@ -155,6 +187,7 @@ def run(
       plan: from `make_plan`.
       leaves: a function that starts one pass over the model, yielding ``(path, Leaf)``. It is called once for every
         round of measuring and once for the result.
+      add: whether to yield merged weights ``theta_0 + x`` instead of vectors.
     """
     stages = chain(transform).stages
     stats: tuple = ()
@@ -168,7 +201,7 @@ def run(
             found += (measure.finish(total, plan.info, found),)
         stats += (found,)
     for path, leaf in leaves():
-        yield path, applied(stages, stats, leaf, plan.tensors[path].stacked)
+        yield path, applied(stages, stats, leaf, plan.tensors[path].stacked, add)
 
 
 def transform_task_vectors(

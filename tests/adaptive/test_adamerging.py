@@ -1,0 +1,132 @@
+"""AdaMerging against an independent float64 loop with hand-written gradients and Adam."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from taskvec import tree as trees
+from taskvec.adaptive.adamerging import adamerging, keep_agreeing
+from taskvec.training.heads import make_heads
+
+TASKS, ROWS, D_IN, HIDDEN, D = 3, 4, 5, 7, 6
+CLASSES = (4, 2, 3)
+NAMES = ("b1", "b2", "w1", "w2")  # the order of leaves
+SHAPES = {"b1": (HIDDEN,), "b2": (D,), "w1": (D_IN, HIDDEN), "w2": (HIDDEN, D)}
+
+
+def setting(seed=0):
+    rng = np.random.default_rng(seed)
+    theta0 = {k: rng.normal(0, 0.7, SHAPES[k]) for k in NAMES}
+    tau = {k: rng.normal(0, 0.4, (TASKS, *SHAPES[k])) for k in NAMES}
+    kernels = [rng.normal(size=(D, c)) for c in CLASSES]
+    kernels = [k / np.linalg.norm(k, axis=0) for k in kernels]
+    batches = lambda step: {"x": np.random.default_rng([7, step]).normal(size=(TASKS * ROWS, D_IN)).astype(np.float32)}
+    return theta0, tau, kernels, batches
+
+
+def apply_fn(params, batch):
+    hidden = jnp.tanh(batch["x"] @ params["w1"] + params["b1"][None])
+    return {"features": hidden @ params["w2"] + params["b2"][None]}
+
+
+def entropy_and_gradient(theta, x, kernels, scale=20.0):
+    """Sum over tasks of mean entropies, and its gradient by every weight; all by hand."""
+    h = np.tanh(x @ theta["w1"] + theta["b1"])
+    z = h @ theta["w2"] + theta["b2"]
+    dz, total = np.zeros_like(z), 0.0
+    for t, kernel in enumerate(kernels):
+        rows = slice(t * ROWS, (t + 1) * ROWS)
+        norm = np.linalg.norm(z[rows], axis=1, keepdims=True)
+        unit = z[rows] / norm
+        logits = scale * unit @ kernel
+        e = np.exp(logits - logits.max(1, keepdims=True))
+        p = e / e.sum(1, keepdims=True)
+        logp = np.log(p)
+        entropy = -(p * logp).sum(1, keepdims=True)
+        total += entropy.mean()
+        d_unit = scale * (-p * (logp + entropy) / ROWS) @ kernel.T
+        dz[rows] = (d_unit - unit * (unit * d_unit).sum(1, keepdims=True)) / norm
+    dh = (dz @ theta["w2"].T) * (1 - h**2)
+    return total, {"b1": dh.sum(0), "b2": dz.sum(0), "w1": x.T @ dh, "w2": h.T @ dz}
+
+
+def oracle(theta0, tau, kernels, batches, mode, steps, rate=1e-3):
+    lam = np.full((4 if mode == "tensor" else 1, TASKS), 0.3)
+    m, v, losses = np.zeros_like(lam), np.zeros_like(lam), []
+    for step in range(steps):
+        row = {k: i if mode == "tensor" else 0 for i, k in enumerate(NAMES)}
+        c = np.clip(lam, 0, 1)
+        theta = {k: theta0[k] + np.tensordot(c[row[k]], tau[k], 1) for k in NAMES}
+        loss, grads = entropy_and_gradient(theta, batches(step)["x"].astype(np.float64), kernels)
+        g = np.zeros_like(lam)
+        for k in NAMES:
+            g[row[k]] += [np.sum(grads[k] * tau[k][t]) for t in range(TASKS)]
+        g *= (lam >= 0) & (lam <= 1)
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+        lam = lam - rate * (m / (1 - 0.9 ** (step + 1))) / (np.sqrt(v / (1 - 0.999 ** (step + 1))) + 1e-8)
+        losses.append(loss)
+    return np.clip(lam, 0, 1), losses
+
+
+def as_jax(tree):
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
+
+
+@pytest.mark.parametrize("mode, rate", [("tensor", 1e-3), ("task", 1e-3), ("tensor", 2e-2)])
+def test_trajectory(mode, rate):
+    theta0, tau, kernels, batches = setting()
+    found = adamerging(
+        apply_fn, as_jax(theta0), as_jax(tau), make_heads(kernels), batches,
+        scanned=False, mode=mode, steps=100, learning_rate=rate,
+    )  # fmt: skip
+    expected, losses = oracle(theta0, tau, kernels, batches, mode, 100, rate)
+    np.testing.assert_allclose(found.coefficients, expected, atol=1e-4)
+    np.testing.assert_allclose(found.history["loss"], losses, rtol=1e-3)
+    np.testing.assert_allclose(found.history["entropy"].sum(1), found.history["loss"], rtol=1e-5)
+    assert np.abs(expected - 0.3).max() > 0.03  # it went somewhere
+    if rate > 1e-3:
+        assert (expected == 0).any() or (expected == 1).any()  # and met the clamp
+    assert found.groups == (NAMES if mode == "tensor" else ("all",))
+    for i, k in enumerate(NAMES):
+        merged = theta0[k] + np.tensordot(expected[i if mode == "tensor" else 0], tau[k], 1)
+        np.testing.assert_allclose(found.params[k], merged, atol=1e-3)
+
+
+def test_plus_plus_trims_globally_and_elects_signs():
+    theta0, tau, kernels, batches = setting()
+    tau = {k: np.asarray(x, np.float32) for k, x in tau.items()}
+    flat = np.concatenate([tau[k].reshape(TASKS, -1) for k in NAMES], axis=1)
+    keep = round(0.2 * flat.shape[1])
+    trimmed = np.where(np.abs(flat) >= -np.sort(-np.abs(flat), axis=1)[:, keep - 1 : keep], flat, 0)
+    agreeing = np.where(np.sign(trimmed) == np.sign(trimmed.sum(0)), trimmed, 0)
+    found = keep_agreeing(as_jax(theta0), as_jax(tau))
+    found = np.concatenate([np.asarray(found[k]).reshape(TASKS, -1) for k in NAMES], axis=1)
+    np.testing.assert_array_equal(found, agreeing)
+    args = as_jax(theta0), as_jax(tau), make_heads(kernels), batches
+    result = adamerging(apply_fn, *args, scanned=False, steps=5, plus_plus=True)
+    sparse = {k: np.asarray(x, np.float64) for k, x in keep_agreeing(*args[:2]).items()}
+    expected, _ = oracle(theta0, sparse, kernels, batches, "tensor", 5)
+    np.testing.assert_allclose(result.coefficients, expected, atol=1e-4)
+
+
+def test_tasks_must_match():
+    theta0, tau, kernels, batches = setting()
+    args = as_jax(theta0), as_jax(tau)
+    with pytest.raises(ValueError, match="3 task vectors but heads of 2"):
+        adamerging(apply_fn, *args, make_heads(kernels[:2]), batches, scanned=False)
+    with pytest.raises(ValueError, match="11 rows does not divide among 3"):
+        ragged = lambda step: {"x": batches(step)["x"][:-1]}
+        adamerging(apply_fn, *args, make_heads(kernels), ragged, scanned=False, steps=1)
+
+
+def test_an_expert_is_given_back_by_one_coefficient_of_one():
+    theta0, tau, kernels, batches = setting()
+    init = np.tile(np.array([0.0, 1.0, 0.0], np.float32), (4, 1))
+    found = adamerging(
+        apply_fn, as_jax(theta0), as_jax(tau), make_heads(kernels), batches, scanned=False, init=init, steps=0
+    )
+    jax.tree.map(
+        lambda a, x, y: np.testing.assert_allclose(a, x + y[1], rtol=1e-5, atol=1e-6), found.params, theta0, tau
+    )
+    assert trees.flatten(found.params).keys() == set(NAMES)

@@ -1,0 +1,99 @@
+"""Merging by coefficients: formula, layouts, dtypes, constraints, errors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models_for_tests import random_models
+
+import taskvec as tv
+from taskvec import tree as trees
+from taskvec.adaptive.coefficients import clip01, coefficients
+
+
+def oracle(theta0, experts, lam, mode, constraint, numbering):
+    """Per-layer tensor by per-layer tensor, in float64, from the experts themselves."""
+    c = lam.astype(np.float64)
+    c = {"clip": np.clip(c, 0, 1), "identity": c, "tanh": np.tanh(c)}.get(constraint, np.exp(c))
+    c = c / c.sum(-1, keepdims=True) if constraint == "softmax" else c
+    flat0 = {k: np.asarray(v, np.float64) for k, v in trees.flatten(trees.unstack_layers(theta0)).items()}
+    flat = [{k: np.asarray(v, np.float64) for k, v in trees.flatten(trees.unstack_layers(e)).items()} for e in experts]
+    names, out = set(), {}
+    for path, x in flat0.items():
+        block = path.split("/")[:2] if path.startswith("blocks/") else ["outside"]
+        name = {"task": "all", "tensor": path, "module": path.rpartition("/")[0] or path, "block": "/".join(block)}[
+            mode
+        ]
+        names.add(name)
+        out[path] = x + sum(c[numbering.index(name), t] * (e[path] - x) for t, e in enumerate(flat))
+    return out, names
+
+
+@pytest.mark.parametrize(
+    "mode, constraint, tasks",
+    [
+        ("task", "clip", 3),
+        ("block", "identity", 3),
+        ("module", "tanh", 3),
+        ("tensor", "softmax", 3),
+        ("tensor", "clip", 40),
+    ],
+)
+def test_merge_is_the_weighted_sum(mode, constraint, tasks):
+    theta0, experts = random_models(0, tasks)
+    groups = trees.groups(theta0, mode)
+    lam = np.random.default_rng(1).normal(0.3, 0.5, (len(groups.names), tasks)).astype(np.float32)
+    parametrisation = coefficients(groups, tasks, lam, constraint)
+    merge = jax.jit(parametrisation.merge)
+    merged = merge(theta0, tv.task_vectors(theta0, experts), parametrisation.init())
+    expected, names = oracle(theta0, experts, lam, mode, constraint, groups.names)
+    assert names == set(groups.names)
+    for path, x in trees.flatten(trees.unstack_layers(merged)).items():
+        if path == "position_ids":
+            assert (x == theta0["position_ids"]).all() and x.dtype == theta0["position_ids"].dtype
+        else:
+            np.testing.assert_allclose(x, expected[path], rtol=2e-5, atol=2e-6)
+
+
+def test_per_layer_layout_gives_the_same():
+    theta0, experts = random_models(0, 2)
+    merged = {}
+    for layout in (lambda t: t, trees.unstack_layers):
+        base, tau = layout(theta0), tv.task_vectors(layout(theta0), [layout(e) for e in experts])
+        groups = trees.groups(base, "tensor")
+        order = np.argsort(groups.names)
+        lam = np.zeros((len(order), 2), np.float32)
+        lam[order] = np.random.default_rng(2).uniform(size=lam.shape)
+        parametrisation = coefficients(groups, 2, lam)
+        merged[layout] = trees.unstack_layers(parametrisation.merge(base, tau, parametrisation.init()))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), *merged.values())
+
+
+def test_accumulates_in_float32_and_casts_last():
+    theta0 = {"w": jnp.ones(4, jnp.bfloat16)}
+    tau = {"w": jnp.full((8, 4), 2.0**-9)}  # each is lost when added to 1 in bfloat16; their sum is not
+    parametrisation = coefficients(trees.groups(theta0, "task"), 8, 1.0)
+    merged = parametrisation.merge(theta0, tau, parametrisation.init())["w"]
+    assert merged.dtype == jnp.bfloat16 and (merged == 1 + 2.0**-6).all()
+
+
+def test_clip_has_gradient_on_the_closed_interval_only():
+    x = jnp.array([-0.5, 0.0, 0.3, 1.0, 1.5])
+    np.testing.assert_array_equal(clip01(x), [0, 0, np.float32(0.3), 1, 1])
+    np.testing.assert_array_equal(jax.vmap(jax.grad(clip01))(x), [0, 1, 1, 1, 0])
+
+
+def test_errors_say_what_is_allowed():
+    theta0, experts = random_models(0, 2)
+    groups, tau = trees.groups(theta0, "task"), tv.task_vectors(theta0, experts)
+    with pytest.raises(ValueError, match="clip, identity, tanh, softmax"):
+        coefficients(groups, 2, constraint="clamp")
+    with pytest.raises(ValueError, match=r"\(1, 2\)"):
+        coefficients(groups, 2, np.zeros((2, 2)))
+    parametrisation = coefficients(groups, 2)
+    swapped = {**tau, "blocks": jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), tau["blocks"])}
+    with pytest.raises(ValueError, match=r"blocks/attention/bias .*\[L, T, \.\.\.\]"):
+        parametrisation.merge(theta0, swapped, parametrisation.init())
+    fewer = {**tau, "head": jax.tree.map(lambda x: x[:1], tau["head"])}
+    with pytest.raises(ValueError, match="hold 1 tasks, other leaves 2"):
+        parametrisation.merge(theta0, fewer, parametrisation.init())

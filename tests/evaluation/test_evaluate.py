@@ -1,0 +1,72 @@
+"""Evaluation: row order, padding, padded classes, corrections, one compilation."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from taskvec.evaluation.evaluate import encode, evaluate
+from taskvec.modular import results
+from taskvec.training.heads import make_heads
+
+RNG = np.random.default_rng(0)
+X = [RNG.normal(size=(n, 3)).astype(np.float32) for n in (10, 7)]
+Y = [RNG.integers(0, c, len(x)) for x, c in zip(X, (4, 2), strict=True)]
+KERNELS = [RNG.normal(size=(5, c)) for c in (4, 2)]
+W = [RNG.normal(size=(3, 5)).astype(np.float32) for _ in range(2)]
+
+
+def batches(t, size=4):
+    order = np.random.default_rng(1).permutation(len(X[t]))
+    for at in range(0, len(order), size):
+        rows = order[at : at + size]
+        index = np.full(size, -1, np.int32)
+        index[: len(rows)] = rows
+        rows = np.where(index < 0, rows[0], index)
+        yield {"x": X[t][rows], "label": Y[t][rows], "index": index, "weight": (index >= 0).astype(np.float32)}
+
+
+def model(traces=None):
+    def apply_fn(params, batch):
+        assert set(batch) == {"x"}
+        if traces is not None:
+            traces.append(1)
+        return {"features": batch["x"] @ params["w"], "tokens": batch["x"]}
+
+    return apply_fn
+
+
+def expected(t, w, shift=0.0):
+    z = X[t].astype(np.float64) @ w + shift
+    return z, (z @ KERNELS[t]).argmax(1) == Y[t]  # the norm of z changes no arg max
+
+
+def test_static_and_task_conditioned_results():
+    traces = []
+    apply_fn, heads = model(traces), make_heads(KERNELS)
+    params = [{"w": jnp.asarray(w)} for w in W]
+    shifted = results.corrected(results.static(params[0]), lambda t, z: z + t)
+    cases = [
+        (results.static(params[0]), lambda t: expected(t, W[0])),
+        (results.per_task(params), lambda t: expected(t, W[t])),
+        (shifted, lambda t: expected(t, W[0], t)),
+    ]
+    for merged, wanted in cases:
+        found = evaluate(apply_fn, merged, [batches(0), batches(1)], heads)
+        for t in (0, 1):
+            z, correct = wanted(t)
+            np.testing.assert_allclose(found.features[t], z, rtol=1e-5, atol=1e-5)
+            np.testing.assert_array_equal(found.correct[t], correct)
+            assert found.accuracy[t] == correct.mean()
+    assert len(traces) == 1
+
+
+def test_every_row_is_needed_once():
+    some = list(batches(0))
+    with pytest.raises(ValueError, match="each of 10 rows once, found 8"):
+        encode(model(), {"w": W[0]}, some[:2], 10)
+    used = batches(0)
+    list(used)
+    with pytest.raises(ValueError, match="used up"):
+        encode(model(), {"w": W[0]}, used, 10)
+    with pytest.raises(ValueError, match="1 tasks but heads of 2"):
+        evaluate(model(), results.static({"w": W[0]}), [batches(0)], make_heads(KERNELS))

@@ -1,0 +1,124 @@
+"""Surgery: identity at the start, the training loop against float64 numpy, and why it is centred."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from taskvec.modular import results, surgery
+
+D, RANK, COUNTS = 12, 4, (30, 21)
+
+
+def features(seed=0, non_negative=False, units=1.0):
+    """Merged and expert features of two tasks with different numbers of rows."""
+    rng = np.random.default_rng(seed)
+    merged, expert = [], []
+    for n in COUNTS:
+        z = rng.normal(1.0 if non_negative else 0.0, 1.0, (n, D))
+        y = z + 0.3 * np.tanh(z @ rng.normal(size=(D, D))) + rng.normal(0, 0.2, D)
+        if non_negative:
+            z, y = np.maximum(z, 0), np.maximum(y, 0)
+        merged.append((units * z).astype(np.float32))
+        expert.append((units * y).astype(np.float32))
+    return merged, expert
+
+
+def mean_l1(adapters, merged, expert):
+    return np.mean([np.abs(surgery.apply(adapters, t, merged[t]) - expert[t]).mean() for t in range(len(merged))])
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_starts_as_the_identity(center):
+    merged, expert = features()
+    adapters = surgery.train(merged, expert, rank=RANK, center=center, steps=0)
+    for t in (0, 1):
+        np.testing.assert_array_equal(surgery.apply(adapters, t, merged[t]), merged[t])
+    assert adapters.down.shape == (2, RANK, D) and np.abs(adapters.down).max() <= 1 / np.sqrt(D)
+    if not center:
+        assert (adapters.center == 0).all() and (adapters.scale == 1).all()
+
+
+def oracle(down, merged, expert, center, steps, seed, batch_size=16, rate=1e-3):
+    """Float64 loop, one task after the other, each with an Adam of its own; gradients by hand."""
+    out = []
+    for t, (z_all, y_all) in enumerate(zip(merged, expert, strict=True)):
+        z_all, y_all = z_all.astype(np.float64), y_all.astype(np.float64)
+        mu = z_all.mean(0) if center else np.zeros(D)
+        s = np.sqrt(((z_all - mu) ** 2).mean()) if center else 1.0
+        weights = [np.asarray(down[t], np.float64), np.zeros((D, RANK))]
+        moments = [[np.zeros_like(w), np.zeros_like(w)] for w in weights]
+        for step in range(steps):
+            sizes = np.array([[len(m)] for m in merged])
+            rows = np.random.default_rng([seed, step]).integers(0, sizes, (len(merged), batch_size), dtype=np.int32)[t]
+            z, y = z_all[rows], y_all[rows]
+            d, u = weights
+            x = (z - mu) / s
+            hidden = np.maximum(x @ d.T, 0)
+            g = np.sign(z - s * hidden @ u.T - y) / z.size
+            grads = [-s * ((g @ u) * (hidden > 0)).T @ x, -s * g.T @ hidden]
+            for i, grad in enumerate(grads):
+                m, v = moments[i]
+                m += 0.1 * (grad - m)
+                v += 0.001 * (grad**2 - v)
+                weights[i] = weights[i] - rate * (m / (1 - 0.9 ** (step + 1))) / (
+                    np.sqrt(v / (1 - 0.999 ** (step + 1))) + 1e-8
+                )
+        out.append(lambda z, d=weights[0], u=weights[1], mu=mu, s=s: z - s * np.maximum((z - mu) / s @ d.T, 0) @ u.T)
+    return out
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_training_matches_the_formula(center):
+    merged, expert = features()
+    start = surgery.train(merged, expert, rank=RANK, center=center, steps=0, seed=5)
+    trained = surgery.train(merged, expert, rank=RANK, center=center, steps=40, seed=5)
+    expected = oracle(start.down, merged, expert, center, 40, 5)
+    for t in (0, 1):
+        np.testing.assert_allclose(surgery.apply(trained, t, merged[t]), expected[t](merged[t]), atol=1e-4)
+
+
+def test_moves_features_to_the_experts():
+    merged, expert = features()
+    adapters = surgery.train(merged, expert, rank=D, steps=600, learning_rate=1e-2)
+    assert mean_l1(adapters, merged, expert) < 0.7 * np.mean(
+        [np.abs(z - y).mean() for z, y in zip(merged, expert, strict=True)]
+    )
+
+
+def test_units_of_features_do_not_matter_when_centred():
+    small, large = (surgery.train(*features(units=units), rank=RANK, steps=30, seed=1) for units in (2.0**-6, 1.0))
+    np.testing.assert_allclose(small.up, large.up, atol=1e-5)
+    np.testing.assert_allclose(small.scale * 2**6, large.scale, rtol=1e-6)
+
+
+def test_non_negative_features_kill_the_relu_of_the_published_form_only():
+    """Pooled after a ReLU, features share a large mean; the released form then loses its hidden units."""
+    rng = np.random.default_rng(0)
+    z = np.abs(rng.normal(3.0, 0.3, (64, D))).astype(np.float32)
+    y = (z + 0.3 * np.tanh((z - z.mean(0)) @ rng.normal(size=(D, D))) + 1.0).astype(np.float32)
+    alive = {}
+    for center in (True, False):
+        adapters = surgery.train([z], [y], rank=RANK, center=center, steps=300, learning_rate=1e-2)
+        x = (z - adapters.center[0]) / adapters.scale[0]
+        alive[center] = float(((x @ adapters.down[0].T) > 0).mean())
+    assert alive[True] > 0.2, alive
+
+
+def test_shapes_must_pair_up():
+    merged, expert = features()
+    with pytest.raises(ValueError, match="pairs"):
+        surgery.train(merged, expert[::-1])
+
+
+def test_results_say_how_they_are_used():
+    params, other = {"w": jnp.ones(2)}, {"w": jnp.zeros(2)}
+    merged, expert = features()
+    one = results.static(params)
+    assert one.kind == "static" and one.params_for(0) is one.params_for(1) is params
+    assert results.per_task([params, other]).params_for(1) is other
+    adapters = surgery.train(merged, expert, rank=RANK, steps=3)
+    corrected = results.corrected(one, lambda t, z: surgery.apply(adapters, t, z))
+    assert corrected.kind == "task-conditioned" and corrected.params_for(1) is params
+    np.testing.assert_array_equal(corrected.features_for(1, merged[1]), surgery.apply(adapters, 1, merged[1]))
+    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), one.features_for(0, merged[0]), merged[0]))

@@ -1,0 +1,37 @@
+"""Frozen heads against their formula."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from taskvec.training import heads
+
+
+def test_class_means_and_logits():
+    rng = np.random.default_rng(0)
+    features, labels = rng.normal(size=(20, 5)), rng.permutation(np.arange(20) % 3)
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    means = np.stack([unit[labels == c].mean(0) for c in range(3)])
+    expected = (means / np.linalg.norm(means, axis=1, keepdims=True)).T
+    kernel = heads.class_means(features, labels, 3)
+    np.testing.assert_allclose(kernel, expected, rtol=1e-5, atol=1e-6)
+    made = heads.make_heads([kernel, kernel[:, :2]], scale=20.0)
+    assert made.kernel.shape == (2, 5, 3) and made.class_mask.tolist() == [[True] * 3, [True, True, False]]
+    logits = heads.all_logits(made, jnp.asarray(np.stack([features, features]), jnp.float32))
+    np.testing.assert_allclose(logits[0], 20 * unit @ expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(logits[1, :, :2], 20 * unit @ expected[:, :2], rtol=1e-4, atol=1e-4)
+    assert (logits[1, :, 2] == -1e9).all()
+
+
+def test_a_zero_feature_has_finite_logits_and_gradient():
+    kernel, mask = jnp.ones((4, 2)), jnp.array([True, False])
+    grad = jax.grad(lambda z: heads.logits(kernel, mask, 20.0, z)[:, 0].sum())(jnp.zeros((1, 4)))
+    assert jnp.isfinite(grad).all()
+
+
+def test_every_class_needs_a_row():
+    with pytest.raises(ValueError, match=r"0\.\.2 .* none for \[1\]"):
+        heads.class_means(np.ones((2, 3)), np.array([0, 2]), 3)
+    with pytest.raises(ValueError, match=r"0\.\.1 .* up to 2"):
+        heads.class_means(np.ones((3, 3)), np.array([0, 1, 2]), 2)
