@@ -54,7 +54,7 @@ def benchmark(name: str, seeds: int) -> ml_collections.ConfigDict:
         "breadcrumbs": {"scale": scales},
         "lines": {"scale": scales},
         "consensus_ta": {"scale": scales},
-        "tsv_m": {"scale": scales},
+        "tsv_m": {},
         "adamerging": {**ada, "data": "unlabelled test"},
         "adamerging_inductive": {**ada, "data": "unlabelled train"},
         "adamerging_taskwise": {**ada, "mode": "task", "data": "unlabelled test"},

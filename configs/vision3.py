@@ -13,9 +13,8 @@ def get_config(arg=None):
     arg = common.parse_arg(arg, runlocal=False, seeds=3)
     config = common.benchmark("vision3", arg.seeds)
     config.model = "efficientnet_lite0"
-    config.suite = common.suite(
-        "image", ("digits", "mnist5k", "animals"), train=640, held_out=256, test=1000, image_size=64
-    )
+    tasks = ("digits", "mnist5k", "animals")
+    config.suite = common.suite("image", tasks, train=640, held_out=256, test=1000, image_size=64)
     config.finetune.learning_rate = 2e-4
     config.finetune.steps = 40
     return common.shrink(config) if arg.runlocal else config

@@ -17,7 +17,7 @@ from ml_collections import config_flags
 from rich.logging import RichHandler
 
 from experiments import output, runs
-from experiments.prepare import prepare
+from experiments.prepare import load_base, prepare
 from taskvec.data import wheels
 from taskvec.io.progress import console, say
 
@@ -44,8 +44,9 @@ def benchmark(config, workdir: pathlib.Path) -> None:
     """The benchmark as a function of a config and a folder."""
     output.check(config, workdir)
     start, table = time.perf_counter(), output.Table(config)
+    base = load_base(config)
     for seed in config.seeds:
-        bench = prepare(config, seed)
+        bench = prepare(config, base, seed)
         done: dict[str, runs.Outcome] = {}
         for label in output.in_order(config):
             done[label] = runs.run(bench, label, config.settings[label], done)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import pathlib
 import shutil
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -23,12 +24,27 @@ from taskvec.tree import Tree
 _CODE = ("tree.py", "models", "data", "training", "adaptive/fit.py", "io/names.py", "io/torch_checkpoint.py")
 
 
+class Base(NamedTuple):
+    """What all seeds of a benchmark share.
+
+    Attributes:
+      folder: the model's files.
+      model: the architecture.
+      pretrained: theta_0.
+      tune: fine-tunes for one task, compiled once.
+    """
+
+    folder: pathlib.Path
+    model: models.Model
+    pretrained: Tree
+    tune: Callable[..., Tree]
+
+
 class Bench(NamedTuple):
     """One seed of a benchmark, ready for methods to run on.
 
     Attributes:
-      model: the architecture.
-      pretrained: theta_0.
+      base: what is shared.
       tasks: T tasks with encoded rows.
       heads: fixed heads of all tasks.
       experts: T fine-tuned parameter trees.
@@ -36,8 +52,7 @@ class Bench(NamedTuple):
       config: of the experiment.
     """
 
-    model: models.Model
-    pretrained: Tree
+    base: Base
     tasks: list[Task]
     heads: heads_lib.Heads
     experts: list[Tree]
@@ -48,7 +63,7 @@ class Bench(NamedTuple):
         """Features ``[N, d]`` of one task's rows under given weights."""
         rows: Split = getattr(self.tasks[task], split)
         made = batches.eval_batches(rows, self.config.eval_batch_size)
-        return encode(self.model.apply, params, made, len(rows.labels))
+        return encode(self.base.model.apply, params, made, len(rows.labels))
 
 
 def model_folder(name: str) -> pathlib.Path:
@@ -62,30 +77,30 @@ def model_folder(name: str) -> pathlib.Path:
     return pathlib.Path(name)
 
 
-def prepare(config: Any, seed: int) -> Bench:
-    """Loads model and tasks, makes the heads, and fine-tunes or loads one expert a task."""
+def load_base(config: Any) -> Base:
+    """Loads the model of a config."""
     folder = model_folder(config.model)
     model, pretrained = models.load(folder)
-    tasks = suites.load_suite({**config.suite, "seed": seed}, folder if config.suite.kind == "text" else None)
-    bench = Bench(model, pretrained, tasks, None, [], seed, config)
+    recipe = {key: value for key, value in config.finetune.items() if key != "batch_size"}
+    return Base(folder, model, pretrained, make_finetune(model.apply, **recipe))
+
+
+def prepare(config: Any, base: Base, seed: int) -> Bench:
+    """Loads the tasks of a seed, makes the heads, and fine-tunes or loads one expert a task."""
+    tokenizer = base.folder if config.suite.kind == "text" else None
+    bench = Bench(base, suites.load_suite({**config.suite, "seed": seed}, tokenizer), None, [], seed, config)
     kernels = [
-        heads_lib.class_means(bench.features(pretrained, t, "train"), task.train.labels, len(task.classes))
-        for t, task in enumerate(tasks)
+        heads_lib.class_means(bench.features(base.pretrained, t, "train"), task.train.labels, len(task.classes))
+        for t, task in enumerate(bench.tasks)
     ]
     bench = bench._replace(heads=heads_lib.make_heads(kernels, config.head_scale))
-    tune = make_finetune(model.apply, **finetune_settings(config))
-    return bench._replace(experts=[expert(bench, tune, t, folder) for t in range(len(tasks))])
+    return bench._replace(experts=[expert(bench, t) for t in range(len(bench.tasks))])
 
 
-def finetune_settings(config: Any) -> dict[str, Any]:
-    """The part of the config that the optimiser needs."""
-    return {k: v for k, v in config.finetune.items() if k not in ("batch_size",)}
-
-
-def expert(bench: Bench, tune: Any, t: int, folder: pathlib.Path) -> Tree:
+def expert(bench: Bench, t: int) -> Tree:
     """The fine-tuned model of one task: from the cache if the same one was trained before."""
-    config, task = bench.config, bench.tasks[t]
-    key = expert_key(bench, t, folder)
+    base, config, task = bench.base, bench.config, bench.tasks[t]
+    key = expert_key(bench, t)
     place = wheels.cache() / "experts" / f"{task.name}-{key}"
     if (place / "config.json").is_file():
         say(f"expert {task.name} (seed {bench.seed}): from the cache")
@@ -93,8 +108,8 @@ def expert(bench: Bench, tune: Any, t: int, folder: pathlib.Path) -> Tree:
     steps = config.finetune.steps
     make = batches.training_batches(task.train, config.finetune.batch_size, steps, bench.seed)
     with bar(f"fine-tuning {task.name}, seed {bench.seed}", steps) as update:
-        tuned = tune(
-            bench.pretrained,
+        tuned = base.tune(
+            base.pretrained,
             bench.heads.kernel[t],
             bench.heads.class_mask[t],
             bench.heads.scale,
@@ -103,14 +118,14 @@ def expert(bench: Bench, tune: Any, t: int, folder: pathlib.Path) -> Tree:
         )
     partial = place.with_name(f".{place.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    models.save(partial, bench.model, tuned, source=folder if folder.is_dir() else None)
+    models.save(partial, base.model, tuned, source=base.folder if base.folder.is_dir() else None)
     partial.replace(place)
     return tuned
 
 
-def expert_key(bench: Bench, t: int, folder: pathlib.Path) -> str:
+def expert_key(bench: Bench, t: int) -> str:
     """A digest of all that an expert depends on: weights, rows, head, recipe, seed, code and jax version."""
-    task, digest = bench.tasks[t], hashlib.sha256()
+    task, folder, digest = bench.tasks[t], bench.base.folder, hashlib.sha256()
     for name, x in sorted({**task.train.inputs, "label": task.train.labels}.items()):
         digest.update(name.encode() + np.ascontiguousarray(x).tobytes())
     digest.update(np.asarray(bench.heads.kernel[t]).tobytes())

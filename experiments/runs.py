@@ -62,7 +62,7 @@ def _of_params(bench: Bench, params: Any, **fields) -> Outcome:
 
 def pretrained(bench: Bench, settings: dict, done: Mapping) -> Outcome:
     """The pretrained model under the fixed heads."""
-    return _of_params(bench, bench.pretrained, settings=settings, seconds=0.0)
+    return _of_params(bench, bench.base.pretrained, settings=settings, seconds=0.0)
 
 
 def individual(bench: Bench, settings: dict, done: Mapping) -> Outcome:
@@ -81,7 +81,7 @@ def static(bench: Bench, name: str, settings: dict) -> Outcome:
     best, best_score, merged = {}, -1.0, None
     for values in itertools.product(*grid.values()):
         trial = dict(zip(grid, values, strict=True))
-        params = tv.merge(name, bench.pretrained, bench.experts, **fixed, **trial)
+        params = tv.merge(name, bench.base.pretrained, bench.experts, **fixed, **trial)
         found = 0.0
         if grid:
             held_out = [bench.features(params, t, "held_out") for t in tasks]
@@ -105,12 +105,12 @@ def adaptive(bench: Bench, settings: dict, done: Mapping) -> Outcome:
     start = time.perf_counter()
     with bar(f"AdaMerging, seed {bench.seed}", steps) as update:
         found = adamerging(
-            bench.model.apply,
-            bench.pretrained,
-            tv.task_vectors(bench.pretrained, bench.experts),
+            bench.base.model.apply,
+            bench.base.pretrained,
+            tv.task_vectors(bench.base.pretrained, bench.experts),
             bench.heads,
             make,
-            scanned=bench.model.scanned,
+            scanned=bench.base.model.scanned,
             on_chunk=lambda step, metrics: update(step, f"entropy {metrics['loss'][-1]:.3f}"),
             **{k: v for k, v in settings.items() if k not in ("data", "per_task")},
         )

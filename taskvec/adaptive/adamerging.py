@@ -10,6 +10,7 @@ Where the released code differs (EnnengYang/AdaMerging, commit cea1165): a step 
 is zero. FusionBench takes 1000 steps, one batch, no clamp, and ``log(p + 1e-8)``.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,8 +21,8 @@ import optax
 
 from taskvec import transforms, tree as trees, vectors
 from taskvec.adaptive import objectives
-from taskvec.adaptive.coefficients import coefficients, effective
-from taskvec.adaptive.fit import fit
+from taskvec.adaptive.coefficients import Parametrisation, coefficients, effective
+from taskvec.adaptive.fit import make_fit
 from taskvec.adaptive.merged import merged_apply
 from taskvec.training.heads import Heads, all_logits
 from taskvec.tree import Tree
@@ -97,8 +98,25 @@ def adamerging(
         raise ValueError(f"{num_tasks} task vectors but heads of {heads.kernel.shape[0]} tasks")
     if plus_plus:
         tau = keep_agreeing(theta0, tau)
-    groups = trees.groups(theta0, mode)
-    parametrisation = coefficients(groups, num_tasks, init, CONSTRAINT)
+    shapes = tuple((path, x.shape, str(x.dtype)) for path, x in trees.flatten(theta0).items())
+    groups, parametrisation, run = _loop(apply_fn, shapes, num_tasks, mode, scanned, learning_rate, chunk)
+    lam = jnp.broadcast_to(jnp.asarray(init, jnp.float32), (len(groups.names), num_tasks))
+    frozen = (theta0, tau, heads)
+    done = run({"lam": lam}, batches, steps, frozen=frozen, checkpoint=checkpoint, on_chunk=on_chunk)
+    params = jax.jit(parametrisation.merge)(theta0, tau, done.learnables)
+    return AdaMergingResult(
+        np.asarray(effective(done.learnables["lam"], CONSTRAINT)), groups.names, params, done.history
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _loop(
+    apply_fn: Callable, shapes: tuple, num_tasks: int, mode: str, scanned: bool, learning_rate: float, chunk: int | None
+) -> tuple[trees.Groups, Parametrisation, Callable]:
+    """Groups, parametrisation and the compiled loop, the same for all runs of one model: seeds compile once."""
+    abstract = trees.unflatten({path: jax.ShapeDtypeStruct(shape, dtype) for path, shape, dtype in shapes})
+    groups = trees.groups(abstract, mode)
+    parametrisation = coefficients(groups, num_tasks, constraint=CONSTRAINT)
     encode = merged_apply(apply_fn, parametrisation, scanned=scanned)
 
     def loss_fn(learnables, frozen, batch, key):
@@ -107,21 +125,7 @@ def adamerging(
         entropy_T = objectives.entropy(all_logits(heads, split_tasks(features, num_tasks)))
         return entropy_T.sum(), {"entropy": entropy_T}
 
-    run = fit(
-        loss_fn,
-        parametrisation.init(),
-        optax.adam(learning_rate),
-        batches,
-        steps,
-        frozen=(theta0, tau, heads),
-        chunk=chunk,
-        project=parametrisation.project,
-        checkpoint=checkpoint,
-        on_chunk=on_chunk,
-    )
-    params = jax.jit(parametrisation.merge)(theta0, tau, run.learnables)
-    lam = np.asarray(effective(run.learnables["lam"], CONSTRAINT))
-    return AdaMergingResult(lam, groups.names, params, run.history)
+    return groups, parametrisation, make_fit(loss_fn, optax.adam(learning_rate), chunk=chunk)
 
 
 def split_tasks(rows: Array, num_tasks: int) -> Array:

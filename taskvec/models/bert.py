@@ -119,6 +119,9 @@ def apply(
         weights = layer if layer_params is None else layer_params(layer)
         return _block(config, weights, x_RxD, bias_Bx1x1xN), None
 
+    if layer_params is not None:
+        # Merged weights are outputs of `layer_params`: kept for the backward pass, they would be a whole merged stack.
+        step = jax.checkpoint(step, policy=jax.checkpoint_policies.dots_saveable, prevent_cse=False)
     x_RxD, _ = lax.scan(step, x_RxD, params["blocks"])
     x_BxNxD = x_RxD.reshape(batch_size, length, -1)
     weight_BxNx1 = batch["mask"][..., None].astype(jnp.float32)

@@ -7,9 +7,9 @@ training takes seconds. Rows of the test set make it transductive (as published)
 
 *Centred* Surgery (our default) feeds D with ``x = (z - mu_t) / s_t`` and scales the correction back, ``z' = z - s_t U_t
 relu(D_t x)``; mu_t is the mean merged feature of the task and s_t the root mean square of ``z - mu_t``. Features that
-are non-negative (pooled after a ReLU) otherwise drive every unit of the ReLU negative in a few steps, after which the
-module is the identity for good; and the correction no longer depends on the units of the features. ``center=False`` is
-the paper's form.
+are non-negative (pooled after a ReLU) share an offset that otherwise moves all pre-activations together: units die in a
+few steps of Adam, in the worst case all of them, and the module stays the identity for good. Nor does the correction
+depend on the units of the features. ``center=False`` is the paper's form.
 """
 
 from collections.abc import Callable, Sequence

@@ -111,6 +111,8 @@ class Transform(NamedTuple):
       measures: the rounds of measuring before `apply`.
       predicates: functions ``(path, shape) -> bool`` that `apply` asks about through `Leaf.satisfies`.
       by_rows: whether rows of a tensor may be handled apart (true of elementwise rules).
+      constants: numbers that stand in front of the measures in ``stats``. They are arguments of the compiled programs,
+        so that a search over a scale compiles once; for that the functions above must not depend on them.
     """
 
     name: str
@@ -118,6 +120,7 @@ class Transform(NamedTuple):
     measures: tuple[Measure, ...] = ()
     predicates: tuple[Callable, ...] = ()
     by_rows: bool = True
+    constants: tuple[float, ...] = ()
 
 
 class Chain(NamedTuple):
@@ -141,11 +144,6 @@ def chain(*transforms: Transform | Chain) -> Chain:
         else:
             raise TypeError(f"chain takes transforms, got {transform!r}; did you forget the brackets, as in trim(...)?")
     return Chain(tuple(stages))
-
-
-def stateless(name: str, fn: Callable[[Array], Array], by_rows: bool = True) -> Transform:
-    """A transform that needs nothing but the vectors: ``x -> fn(x)``."""
-    return Transform(name, lambda x, leaf, stats: fn(x), by_rows=by_rows)
 
 
 def check_fraction(name: str, value: float, low: float = 0.0) -> float:

@@ -1,5 +1,7 @@
 """Masks that compare a task's own vector with the merged one."""
 
+import functools
+
 import jax.numpy as jnp
 
 from taskvec.transforms.base import Array, Leaf, Transform
@@ -13,6 +15,7 @@ def tall_masks(x: Array, tau: Array, threshold: float) -> Array:
     return jnp.abs(tau) > threshold * jnp.abs(x[None] - tau)
 
 
+@functools.cache
 def consensus(threshold: float, at_least: int = 2) -> Transform:
     """Keeps the entries of a merged vector that at least `at_least` tasks need, by their TALL-masks.
 

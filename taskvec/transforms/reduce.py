@@ -1,6 +1,6 @@
 """Reductions of the task axis: ``[T, ...] -> [...]``."""
 
-from collections.abc import Sequence
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,8 @@ def weighted_sum(weights: Array, x: Array) -> Array:
     return jax.lax.scan(lambda acc, wx: (acc + wx[0] * wx[1], None), start, (jnp.asarray(weights), x))[0]
 
 
-def sum_tasks(weights: Sequence[float] | None = None) -> Transform:
+@functools.cache
+def sum_tasks(weights: tuple[float, ...] | None = None) -> Transform:
     """``sum_t w_t x_t``, w = 1 if not given (task arithmetic, arXiv 2212.04089)."""
 
     def apply(x: Array, leaf: Leaf, stats: tuple) -> Array:
@@ -32,11 +33,13 @@ def sum_tasks(weights: Sequence[float] | None = None) -> Transform:
     return Transform("sum_tasks", apply)
 
 
+@functools.cache
 def mean_tasks() -> Transform:
     """``sum_t x_t / T``: the weight average of the fine-tuned models."""
     return Transform("mean_tasks", lambda x, leaf, stats: weighted_sum([1.0] * x.shape[0], x) / x.shape[0])
 
 
+@functools.cache
 def disjoint_mean() -> Transform:
     """Mean over the non-zero entries, 0 where there is none (TIES-Merging, arXiv 2306.01708, section 3 step 3)."""
 
@@ -47,6 +50,7 @@ def disjoint_mean() -> Transform:
     return Transform("disjoint_mean", apply)
 
 
+@functools.cache
 def disjoint_max() -> Transform:
     """The entry of largest magnitude, the earliest task's in a tie (``max`` aggregation of the TIES code)."""
 

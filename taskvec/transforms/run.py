@@ -189,10 +189,11 @@ def run(
         round of measuring and once for the result.
       add: whether to yield merged weights ``theta_0 + x`` instead of vectors.
     """
-    stages = chain(transform).stages
+    given = [stage.constants for stage in chain(transform).stages]
+    stages = tuple(stage._replace(constants=()) for stage in chain(transform).stages)  # what programs are compiled for
     stats: tuple = ()
     for at, stage in enumerate(stages):
-        found: tuple = ()
+        found = given[at]
         for round_, measure in enumerate(stage.measures):
             total = None
             for path, leaf in leaves():

@@ -2,13 +2,17 @@
 
 import jax.numpy as jnp
 
-from taskvec.transforms.base import Array, Leaf, Measure, ModelInfo, Transform, stateless
+from taskvec.transforms.base import Array, Leaf, Measure, ModelInfo, Transform
 from taskvec.transforms.reduce import weighted_sum
 
 
 def scale(factor: float) -> Transform:
     """``factor * x``."""
-    return stateless("scale", lambda x: factor * x)
+    return Transform("scale", _scaled, constants=(factor,))
+
+
+def _scaled(x: Array, leaf: Leaf, stats: tuple) -> Array:
+    return stats[0] * x
 
 
 def scale_by_depth(beta: float, alpha: float | str = "norm_ratio") -> Transform:
@@ -27,21 +31,28 @@ def scale_by_depth(beta: float, alpha: float | str = "norm_ratio") -> Transform:
     """
     if isinstance(alpha, str) and alpha != "norm_ratio":
         raise ValueError(f"alpha must be a number or 'norm_ratio', got {alpha!r}")
+    if alpha == "norm_ratio":
+        return Transform("scale_by_depth", _scaled_by_depth, (_NORM_RATIO,), constants=(beta,))
+    return Transform("scale_by_depth", _scaled_by_depth, constants=(beta, alpha))
 
-    def of_leaf(x: Array, leaf: Leaf, stats: tuple) -> Array:
-        if x.shape != leaf.theta0.shape:
-            raise ValueError("alpha='norm_ratio' scales a merged vector: put sum_tasks() or another reduction before")
-        total = weighted_sum([1.0] * leaf.tau.shape[0], leaf.tau)
-        return jnp.stack([jnp.abs(total).sum(), jnp.abs(x).sum()])
 
-    def finish(norms: Array, info: ModelInfo, stats: tuple) -> Array:
-        return jnp.where(norms[1] > 0, norms[0] / jnp.where(norms[1] > 0, norms[1], 1.0), 1.0) / info.num_tasks
+def _scaled_by_depth(x: Array, leaf: Leaf, stats: tuple) -> Array:
+    beta, alpha = stats
+    if leaf.info.num_blocks == 0:
+        raise ValueError("scale_by_depth found no block index in the parameter names (blocks/0, layer.0, h.0, ...)")
+    relative = jnp.maximum(leaf.depth, 0) / max(leaf.info.num_blocks - 1, 1)
+    return x * (alpha + beta * jnp.where(leaf.depth < 0, 0.0, relative))
 
-    def apply(x: Array, leaf: Leaf, stats: tuple) -> Array:
-        if leaf.info.num_blocks == 0:
-            raise ValueError("scale_by_depth found no block index in the parameter names (blocks/0, layer.0, h.0, ...)")
-        start = stats[0] if alpha == "norm_ratio" else alpha
-        relative = jnp.maximum(leaf.depth, 0) / max(leaf.info.num_blocks - 1, 1)
-        return x * (start + beta * jnp.where(leaf.depth < 0, 0.0, relative))
 
-    return Transform("scale_by_depth", apply, (Measure(of_leaf, finish),) if alpha == "norm_ratio" else ())
+def _l1_norms(x: Array, leaf: Leaf, stats: tuple) -> Array:
+    if x.shape != leaf.theta0.shape:
+        raise ValueError("alpha='norm_ratio' scales a merged vector: put sum_tasks() or another reduction before it")
+    total = weighted_sum([1.0] * leaf.tau.shape[0], leaf.tau)
+    return jnp.stack([jnp.abs(total).sum(), jnp.abs(x).sum()])
+
+
+def _ratio(norms: Array, info: ModelInfo, stats: tuple) -> Array:
+    return jnp.where(norms[1] > 0, norms[0] / jnp.where(norms[1] > 0, norms[1], 1.0), 1.0) / info.num_tasks
+
+
+_NORM_RATIO = Measure(_l1_norms, _ratio)

@@ -1,10 +1,13 @@
 """Sign election: entries that pull against the elected direction are removed."""
 
+import functools
+
 import jax.numpy as jnp
 
 from taskvec.transforms.base import Array, Leaf, Measure, Transform
 
 
+@functools.cache
 def elect_signs(zero: str = "zero") -> Transform:
     """Zeroes the entries whose sign differs from the elected one, ``sign(sum_t x_t)``.
 

@@ -1,5 +1,7 @@
 """Transforms that keep a part of every task vector's entries: by magnitude (trim, crumbs) or at random (drop)."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -9,6 +11,7 @@ from taskvec.transforms.order import kth_magnitude, kth_magnitude_of_model
 SCOPES = ("model", "tensor")
 
 
+@functools.cache
 def trim(density: float, scope: str = "model", rule: str = "paper") -> Transform:
     """Keeps the `density` largest magnitudes of every task vector and zeroes the rest.
 
@@ -45,6 +48,7 @@ def trim(density: float, scope: str = "model", rule: str = "paper") -> Transform
     return Transform("trim", apply, by_rows=False)
 
 
+@functools.cache
 def drop(density: float, rescale: str = "inverse_density", seed: int = 0) -> Transform:
     """Keeps every entry with probability `density`, independently, and rescales what is left.
 
@@ -74,6 +78,7 @@ def drop(density: float, rescale: str = "inverse_density", seed: int = 0) -> Tra
     return Transform("drop", apply, by_rows=rescale != "l1")
 
 
+@functools.cache
 def crumbs(density: float, gamma: float, axis: str = "tensor") -> Transform:
     """Drops the `gamma` largest magnitudes, then keeps the `density` largest of the rest.
 

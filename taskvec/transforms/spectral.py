@@ -1,5 +1,7 @@
 """Transforms of weight matrices through their singular vectors."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -46,6 +48,7 @@ def polar(x_MxN: Array, solver: str = "gram") -> Array:
         return x_MxN @ ((q * inverse_root) @ q.T)
 
 
+@functools.cache
 def merge_singular_vectors(solver: str = "gram") -> Transform:
     """Sums the leading singular triplets of all tasks after making them orthogonal to each other.
 

@@ -16,8 +16,8 @@ TASKS = 3
 TABLE = lambda path, shape: path == "embeddings/word"
 
 
-def losses(theta0, mode="tensor"):
-    groups = trees.groups(theta0, mode)
+def losses(theta0):
+    groups = trees.groups(theta0, "tensor")
     lam = np.random.default_rng(3).uniform(0.1, 0.9, (len(groups.names), TASKS))
     parametrisation = coefficients(groups, TASKS)
 
@@ -28,10 +28,9 @@ def losses(theta0, mode="tensor"):
     return loss, parametrisation, {"lam": jnp.asarray(lam, theta0["norm"]["scale"].dtype)}
 
 
-@pytest.mark.parametrize("mode", ["task", "tensor"])
-def test_scanned_equals_whole(mode):
+def test_scanned_equals_whole():
     weights, batch = toy.model(0, TASKS), toy.batch(1, 4)
-    loss, _, learnables = losses(weights[0], mode)
+    loss, _, learnables = losses(weights[0])
     value_and_grad = {s: jax.jit(jax.value_and_grad(loss(s)))(learnables, weights, batch) for s in (True, False)}
     np.testing.assert_allclose(value_and_grad[True][0], value_and_grad[False][0], rtol=1e-5)
     grads = [value_and_grad[s][1]["lam"] for s in (True, False)]

@@ -24,10 +24,10 @@ def test_the_error_is_that_of_repetitions():
     rng, found = np.random.default_rng(1), []
     for _ in range(400):
         hard, seeds = [rng.normal(size=60) for _ in range(2)], rng.normal(0, 0.3, 4)
-        draw = lambda shift, h: [
-            [h_t + rng.normal(0, 0.5, 60) + shift * s < 0.3 + 0.2 * bool(shift) for h_t in h] for s in seeds
-        ]
-        found.append(paired_difference(draw(0.0, hard), draw(1.0, hard)))
+        noise = lambda: rng.normal(0, 0.5, 60)
+        worse = [[h + noise() < 0.3 for h in hard] for _ in seeds]
+        better = [[h + noise() + s < 0.5 for h in hard] for s in seeds]
+        found.append(paired_difference(worse, better))
     means, errors = np.array(found).T
     true = means.std()
     assert 0.95 * true < np.sqrt(np.mean(errors**2)) < 1.35 * true, (true, np.sqrt(np.mean(errors**2)))
