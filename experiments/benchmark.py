@@ -6,38 +6,19 @@ Leaves ``result.jsonl`` (one row a method and seed), ``report.md``, ``accuracy.p
 ``coefficients.npz``. Every method sees the same rows, heads and experts; what a method may look at stands in its row.
 """
 
-import logging
 import pathlib
 import time
 
-import absl.logging
-import jax
-from absl import app, flags
-from ml_collections import config_flags
-from rich.logging import RichHandler
+from absl import app
 
-from experiments import output, runs
+from experiments import output, runs, setup
 from experiments.prepare import load_base, prepare
-from taskvec.data import wheels
-from taskvec.io.progress import console, say
-
-CONFIG = config_flags.DEFINE_config_file("config", None, "configs/FILE.py[:ARGS]", lock_config=True)
-WORKDIR = flags.DEFINE_string("workdir", None, "folder for the results")
+from taskvec.io.progress import say
 
 
 def main(argv):
     """Runs the benchmark of a config."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments {argv[1:]}; config values are set as --config.key=value")
-    absl.logging.set_verbosity(absl.logging.WARNING)
-    log = logging.getLogger("taskvec")
-    log.addHandler(RichHandler(console=console, show_time=False, show_level=False, show_path=False))
-    log.propagate = False
-    log.setLevel(logging.INFO)
-    # Compiled programs are kept between runs and seeds; without this every loop would compile anew.
-    jax.config.update("jax_compilation_cache_dir", str(wheels.cache() / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    benchmark(CONFIG.value, pathlib.Path(WORKDIR.value or f"results/{CONFIG.value.name}"))
+    benchmark(*setup.start(argv))
 
 
 def benchmark(config, workdir: pathlib.Path) -> None:
@@ -56,5 +37,4 @@ def benchmark(config, workdir: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("config")
     app.run(main)

@@ -12,6 +12,7 @@ from taskvec.analysis import figures, report
 from taskvec.data import suites
 from taskvec.evaluation import rows as rows_lib, statistics
 from taskvec.evaluation.evaluate import accuracy
+from taskvec.io.safetensors_format import write_text
 from taskvec.merging import registry
 
 BEST_STATIC = "best static"
@@ -35,9 +36,9 @@ def check(config: Any, workdir: pathlib.Path) -> None:
         settings = dict(config.settings[label])
         name = settings.pop("method", label)
         if name in KINDS:
-            on = settings.get("on")
-            if on is not None and on not in config.methods:
-                raise ValueError(f"{label} builds on {on!r}, which is not in config.methods")
+            missing = {settings["on"], "individual"} - set(config.methods) if "on" in settings else ()
+            if missing:
+                raise ValueError(f"{label} builds on {', '.join(map(repr, missing))}, which is not in config.methods")
             continue
         registry.get(name)(**{k: v[0] if isinstance(v, tuple | list) else v for k, v in settings.items()})
     for claim in config.claims:
@@ -90,10 +91,10 @@ class Table:
         """Writes all files into `workdir`."""
         config, rows = self.config, rows_lib.with_normalised(self.rows)
         rows_lib.check_same_protocol(rows)
-        rows_lib.write_rows(workdir / "result.jsonl", rows)
+        write_text(workdir / "result.jsonl", rows_lib.dumps(rows))
         ordered = [row for label in config.methods for row in rows if row.label == label]
         parts = [f"# {config.name}", self._about(rows), report.table(ordered), report.differences(self.claims())]
-        rows_lib.write_text(workdir / "report.md", "\n\n".join(parts) + "\n")
+        write_text(workdir / "report.md", "\n\n".join(parts) + "\n")
         tasks = list(rows[0].accuracy)
         mean_of = lambda label: np.mean([list(r.accuracy.values()) for r in rows if r.label == label], axis=0)
         figures.accuracy(
@@ -108,7 +109,7 @@ class Table:
             figures.coefficients(workdir / "coefficients.png", groups, tasks, values)
             for label, (groups, values, tasks) in self.coefficients.items():
                 found = {"tasks": tasks, "groups": list(groups), "coefficients": np.round(values, 6).tolist()}
-                rows_lib.write_text(workdir / f"coefficients_{label}.json", json.dumps(found))
+                write_text(workdir / f"coefficients_{label}.json", json.dumps(found))
 
     def claims(self) -> list[tuple[str, str, float, float]]:
         """The config's claims with their paired differences: ``(lower, higher, difference, standard error)``."""

@@ -20,6 +20,8 @@ from taskvec.training import heads as heads_lib
 from taskvec.training.finetune import make_finetune
 from taskvec.tree import Tree
 
+EXPERTS = wheels.cache() / "experts"
+
 # Experts are cached by everything that they depend on; besides the config that is this code.
 _CODE = ("tree.py", "models", "data", "training", "adaptive/fit.py", "io/names.py", "io/torch_checkpoint.py")
 
@@ -101,7 +103,7 @@ def expert(bench: Bench, t: int) -> Tree:
     """The fine-tuned model of one task: from the cache if the same one was trained before."""
     base, config, task = bench.base, bench.config, bench.tasks[t]
     key = expert_key(bench, t)
-    place = wheels.cache() / "experts" / f"{task.name}-{key}"
+    place = EXPERTS / f"{task.name}-{key}"
     if (place / "config.json").is_file():
         say(f"expert {task.name} (seed {bench.seed}): from the cache")
         return models.load(place)[1]

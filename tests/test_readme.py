@@ -5,12 +5,12 @@ import re
 
 import numpy as np
 import pytest
-from tests.merging import battery
-from tests.models_for_tests import random_models
 
 import taskvec as tv
 from taskvec import tree as trees
 from taskvec.merging import registry
+from tests.merging import battery
+from tests.models_for_tests import random_models
 
 README = pathlib.Path(__file__).parents[1].joinpath("README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)

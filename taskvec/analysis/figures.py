@@ -10,6 +10,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import TwoSlopeNorm
 
+from taskvec.tree import depth
+
 
 def _save(figure: plt.Figure, path: pathlib.Path) -> None:
     partial = path.with_name(f".{path.name}.partial")
@@ -37,18 +39,19 @@ def accuracy(
     """
     percent = 100 * np.concatenate([values_MxK, values_MxK.mean(1, keepdims=True)], axis=1)
     gain = percent - percent[gain_from]
-    limit = max(np.abs(gain).max(), 1.0)
+    low, high = min(gain.min(), 0.0), max(gain.max(), 1.0)
     figure, axes = plt.subplots(figsize=(2.2 + 1.05 * (len(tasks) + 1), 1.2 + 0.36 * len(methods)))
-    image = axes.imshow(gain, aspect="auto", cmap="RdBu", norm=TwoSlopeNorm(0.0, -limit, limit))
+    image = axes.imshow(gain, aspect="auto", cmap="RdBu", norm=TwoSlopeNorm(0.0, -high, high))
     for (row, column), value in np.ndenumerate(percent):
-        shade = "white" if abs(gain[row, column]) > 0.65 * limit else "black"
+        shade = "white" if abs(gain[row, column]) > 0.65 * high else "black"
         weight = "bold" if column == len(tasks) else "normal"
         axes.text(column, row, f"{value:.1f}", ha="center", va="center", color=shade, fontsize=9, fontweight=weight)
     axes.set_xticks(range(len(tasks) + 1), [*(t.replace("_", "\n") for t in tasks), "mean"], fontsize=9)
     axes.set_yticks(range(len(methods)), methods, fontsize=9)
     axes.axvline(len(tasks) - 0.5, color="black", linewidth=1)
     axes.tick_params(length=0)
-    figure.colorbar(image, label=f"points gained over {methods[gain_from]}", fraction=0.05, pad=0.02)
+    bar = figure.colorbar(image, label=f"points gained over {methods[gain_from]}", fraction=0.05, pad=0.02)
+    bar.ax.set_ylim(max(low, -high), high)  # the part of the scale that occurs
     axes.set_title(title, fontsize=10)
     _save(figure, path)
 
@@ -56,20 +59,36 @@ def accuracy(
 def coefficients(path: pathlib.Path, groups: Sequence[str], tasks: Sequence[str], values_GxT: np.ndarray) -> None:
     """Group x task heat map of merging coefficients, as AdaMerging learns them (arXiv 2310.02575, figure 5).
 
+    Rows stand in the order of the network: what has no block index first, then block by block; the last groups of a
+    name that says so (head, final norm) come last.
+
     Args:
       path: of the PNG file.
-      groups: G names, in the order of the network.
+      groups: G names (paths of tensors, modules or blocks).
       tasks: T names.
       values_GxT: the coefficients.
     """
-    figure, axes = plt.subplots(figsize=(2.5 + 0.8 * len(tasks), max(2.5, min(0.14 * len(groups), 16))))
+    order = sorted(range(len(groups)), key=lambda g: _network_order(groups[g]))
+    figure, axes = plt.subplots(figsize=(2.5 + 0.8 * len(tasks), max(2.5, min(0.09 * len(groups), 14))))
     low, high = min(0.0, float(values_GxT.min())), max(0.6, float(values_GxT.max()))
-    image = axes.imshow(values_GxT, aspect="auto", cmap="viridis", vmin=low, vmax=high, interpolation="nearest")
+    image = axes.imshow(values_GxT[order], aspect="auto", cmap="viridis", vmin=low, vmax=high, interpolation="nearest")
     axes.set_xticks(range(len(tasks)), [t.replace("_", "\n") for t in tasks], fontsize=8)
-    every = max(1, len(groups) // 80)
-    axes.set_yticks(range(0, len(groups), every), groups[::every], fontsize=5 if len(groups) > 30 else 8)
+    starts = {}
+    for row, g in enumerate(order):
+        block = depth(groups[g])
+        starts.setdefault(groups[g].split("/")[0] if block is None else f"block {block}", row)
+    for row in starts.values():
+        axes.axhline(row - 0.5, color="white", linewidth=0.6)
+    axes.set_yticks(list(starts.values()), list(starts), fontsize=7)
     axes.tick_params(length=0)
     figure.colorbar(image, label="coefficient", fraction=0.08, pad=0.03)
     means = ", ".join(f"{m:.2f}" for m in values_GxT.mean(0))
-    axes.set_title(f"mean by task: {means}", fontsize=8)
+    axes.set_title(f"{len(groups)} coefficients a task; means {means}", fontsize=8)
     _save(figure, path)
+
+
+def _network_order(name: str) -> tuple:
+    block = depth(name)
+    if block is not None:
+        return (1, block, name)
+    return (2 if any(word in name for word in ("head", "final", "pooler", "classifier")) else 0, 0, name)

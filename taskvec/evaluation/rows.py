@@ -7,8 +7,6 @@ Accuracies under different protocols (checkpoint family, splits, heads) are diff
 import dataclasses
 import hashlib
 import json
-import os
-import pathlib
 import platform
 import resource
 import sys
@@ -125,32 +123,21 @@ def check_same_protocol(rows: Sequence[Row]) -> None:
         raise ValueError(f"rows of different protocols are not comparable: {listed}. Select one of them first.")
 
 
-def write_rows(path: str | os.PathLike, rows: Iterable[Row]) -> None:
-    """Writes rows as JSON lines, replacing the file whole."""
-    write_text(path, "".join(row.to_json() + "\n" for row in rows))
+def dumps(rows: Iterable[Row]) -> str:
+    """Rows as JSON lines, the contents of ``result.jsonl``."""
+    return "".join(row.to_json() + "\n" for row in rows)
 
 
-def read_rows(path: str | os.PathLike) -> list[Row]:
-    """Rows of a file that `write_rows` wrote; raises `ValueError` naming the line that is none."""
+def loads(text: str) -> list[Row]:
+    """Rows of JSON lines that `dumps` made; raises `ValueError` naming the line that is none."""
     rows = []
-    for number, line in enumerate(pathlib.Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(text.splitlines(), 1):
         try:
             fields = json.loads(line)
             rows.append(Row(**{key: value for key, value in fields.items() if key != "mean_accuracy"}))
         except (AttributeError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}, line {number} is no result row: {error}") from error
+            raise ValueError(f"line {number} is no result row: {error}") from error
     return rows
-
-
-def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes a text file whole or not at all: under a temporary name beside it, then renamed."""
-    path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def config_hash(config: Mapping[str, Any]) -> str:

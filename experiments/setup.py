@@ -1,0 +1,31 @@
+"""What every main does first: quiet logs, readable messages, and compiled programs kept between runs."""
+
+import logging
+import pathlib
+
+import absl.logging
+import jax
+from absl import app, flags
+from ml_collections import config_flags
+from rich.logging import RichHandler
+
+from taskvec.data import wheels
+from taskvec.io.progress import console
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "configs/FILE.py[:ARGS]", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "folder for the results; results/NAME by default")
+flags.mark_flag_as_required("config")
+
+
+def start(argv: list[str]) -> tuple:
+    """Sets logging and jax's compilation cache up; returns the config and the folder for results."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments {argv[1:]}; a value of the config is set as --config.key=value")
+    absl.logging.set_verbosity(absl.logging.WARNING)
+    log = logging.getLogger("taskvec")
+    log.addHandler(RichHandler(console=console, show_time=False, show_level=False, show_path=False))
+    log.propagate = False
+    log.setLevel(logging.INFO)
+    jax.config.update("jax_compilation_cache_dir", str(wheels.cache() / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    return CONFIG.value, pathlib.Path(WORKDIR.value or f"results/{CONFIG.value.name}")
