@@ -3,12 +3,15 @@
 import pathlib
 import re
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import taskvec as tv
-from taskvec import tree as trees
+from taskvec import models, tree as trees
 from taskvec.merging import registry
+from taskvec.models import efficientnet
 from tests.merging import battery
 from tests.models_for_tests import random_models
 
@@ -41,3 +44,20 @@ def test_new_method_streams_and_follows_its_formula(new_method, tmp_path):
     weights = np.array([tau @ tau for tau in taus]) / sum(tau @ tau for tau in taus)
     merged = flat(tv.merge(new_method, pretrained, finetuned)) - flat(pretrained)
     np.testing.assert_allclose(merged, sum(w * tau for w, tau in zip(weights, taus, strict=True)), atol=1e-6)
+
+
+def test_short_program(tmp_path, monkeypatch):
+    """The program of the first screen, on experts of the right layout (untrained ones: it runs in seconds)."""
+    model = efficientnet.make()
+    rng = np.random.default_rng(0)
+    draw = lambda x, size: jnp.asarray(size * rng.standard_normal(x.shape), x.dtype)
+    pretrained = jax.tree.map(lambda x: draw(x, 0.1), model.abstract)
+    models.save(tmp_path / "results/experts/pretrained", model, pretrained)
+    for task in ("digits", "mnist5k", "animals"):
+        expert = jax.tree.map(lambda x: x + draw(x, 0.01), pretrained)
+        models.save(tmp_path / f"results/experts/seed0/{task}", model, expert)
+    monkeypatch.chdir(tmp_path)
+    program = next(block for block in BLOCKS if "models.load" in block)
+    exec(compile(program, "README.md", "exec"), {})
+    _, merged = models.load("results/merged")
+    assert jax.tree.map(jnp.shape, merged) == jax.tree.map(jnp.shape, pretrained)

