@@ -13,7 +13,7 @@ import numpy as np
 import taskvec
 from taskvec import models
 from taskvec.data import batches, suites, wheels
-from taskvec.data.base import Split, Task
+from taskvec.data.base import Task
 from taskvec.evaluation.evaluate import encode
 from taskvec.io.progress import bar, say
 from taskvec.training import heads as heads_lib
@@ -61,11 +61,9 @@ class Bench(NamedTuple):
     seed: int
     config: Any
 
-    def features(self, params: Tree, task: int, split: str) -> np.ndarray:
-        """Features ``[N, d]`` of one task's rows under given weights."""
-        rows: Split = getattr(self.tasks[task], split)
-        made = batches.eval_batches(rows, self.config.eval_batch_size)
-        return encode(self.base.model.apply, params, made, len(rows.labels))
+    def batches(self, task: int, split: str) -> list[dict[str, np.ndarray]]:
+        """All rows of one task's ``train``, ``held_out`` or ``test`` split."""
+        return list(batches.eval_batches(getattr(self.tasks[task], split), self.config.eval_batch_size))
 
 
 def model_folder(name: str) -> pathlib.Path:
@@ -92,7 +90,11 @@ def prepare(config: Any, base: Base, seed: int) -> Bench:
     tokenizer = base.folder if config.suite.kind == "text" else None
     bench = Bench(base, suites.load_suite({**config.suite, "seed": seed}, tokenizer), None, [], seed, config)
     kernels = [
-        heads_lib.class_means(bench.features(base.pretrained, t, "train"), task.train.labels, len(task.classes))
+        heads_lib.class_means(
+            encode(base.model.apply, base.pretrained, bench.batches(t, "train"), len(task.train.labels)),
+            task.train.labels,
+            len(task.classes),
+        )
         for t, task in enumerate(bench.tasks)
     ]
     bench = bench._replace(heads=heads_lib.make_heads(kernels, config.head_scale))

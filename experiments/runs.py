@@ -12,9 +12,11 @@ import taskvec.modular.surgery as surgery_lib
 from experiments.prepare import Bench
 from taskvec.adaptive.adamerging import adamerging
 from taskvec.data import batches
-from taskvec.evaluation.evaluate import accuracy
+from taskvec.evaluation.evaluate import evaluate
 from taskvec.io.progress import bar, say
 from taskvec.merging import registry
+from taskvec.modular import results
+from taskvec.modular.results import Merged
 
 Features = list[np.ndarray]
 
@@ -23,21 +25,21 @@ class Outcome(NamedTuple):
     """What a run gives.
 
     Attributes:
-      test: features of every task's test rows, ``[N_t, d]``.
+      merged: the result: static or task-conditioned.
+      test: its features of every task's test rows, ``[N_t, d]``.
       held_out: a function that gives those of the held-out rows (computed only if somebody asks).
       settings: all settings, resolved.
       seconds: of merging or adapting, evaluation not counted.
-      data_access, result, task_id_needed: as in a result row.
+      data_access: as in a result row.
       coefficients: ``(groups, [G, T])`` of an adaptive method.
     """
 
+    merged: Merged
     test: Features
     held_out: Callable[[], Features]
     settings: dict[str, Any]
     seconds: float
     data_access: str = "none"
-    result: str = "static"
-    task_id_needed: bool = False
     coefficients: tuple | None = None
 
 
@@ -50,26 +52,23 @@ def run(bench: Bench, label: str, settings: Mapping[str, Any], done: Mapping[str
     return static(bench, name, settings)
 
 
-def _of_params(bench: Bench, params: Any, **fields) -> Outcome:
-    tasks = range(len(bench.tasks))
-    params_of = (lambda t: params[t]) if isinstance(params, list) else (lambda t: params)
-    return Outcome(
-        test=[bench.features(params_of(t), t, "test") for t in tasks],
-        held_out=lambda: [bench.features(params_of(t), t, "held_out") for t in tasks],
-        **fields,
+def _evaluated(bench: Bench, merged: Merged, **fields) -> Outcome:
+    features = lambda split: (
+        evaluate(
+            bench.base.model.apply, merged, [bench.batches(t, split) for t in range(len(bench.tasks))], bench.heads
+        ).features
     )
+    return Outcome(merged=merged, test=features("test"), held_out=lambda: features("held_out"), **fields)
 
 
 def pretrained(bench: Bench, settings: dict, done: Mapping) -> Outcome:
     """The pretrained model under the fixed heads."""
-    return _of_params(bench, bench.base.pretrained, settings=settings, seconds=0.0)
+    return _evaluated(bench, results.static(bench.base.pretrained), settings=settings, seconds=0.0)
 
 
 def individual(bench: Bench, settings: dict, done: Mapping) -> Outcome:
     """Every task by its own expert: the upper row of the table."""
-    return _of_params(
-        bench, bench.experts, settings=settings, seconds=0.0, result="task-conditioned", task_id_needed=True
-    )
+    return _evaluated(bench, results.per_task(bench.experts), settings=settings, seconds=0.0)
 
 
 def static(bench: Bench, name: str, settings: dict) -> Outcome:
@@ -77,16 +76,15 @@ def static(bench: Bench, name: str, settings: dict) -> Outcome:
     start = time.perf_counter()
     grid = {k: tuple(v) for k, v in settings.items() if isinstance(v, tuple | list)}
     fixed = {k: v for k, v in settings.items() if k not in grid}
-    tasks = range(len(bench.tasks))
     best, best_score, merged = {}, -1.0, None
     for values in itertools.product(*grid.values()):
         trial = dict(zip(grid, values, strict=True))
         params = tv.merge(name, bench.base.pretrained, bench.experts, **fixed, **trial)
         found = 0.0
         if grid:
-            held_out = [bench.features(params, t, "held_out") for t in tasks]
-            labels = [task.held_out.labels for task in bench.tasks]
-            found = float(np.mean(accuracy(bench.heads, held_out, labels)[0]))
+            held_out = [bench.batches(t, "held_out") for t in range(len(bench.tasks))]
+            scores = evaluate(bench.base.model.apply, results.static(params), held_out, bench.heads)
+            found = float(scores.accuracy.mean())
         if found > best_score:  # the first of equals: the smallest value
             best, best_score, merged = trial, found, params
     if best:
@@ -94,7 +92,7 @@ def static(bench: Bench, name: str, settings: dict) -> Outcome:
     seconds = time.perf_counter() - start
     data = "few labelled" if grid else registry.get(name).card.data
     resolved = {**registry.get(name).defaults, **fixed, **best, **{f"searched_{k}": v for k, v in grid.items()}}
-    return _of_params(bench, merged, settings=resolved, seconds=seconds, data_access=data)
+    return _evaluated(bench, results.static(merged), settings=resolved, seconds=seconds, data_access=data)
 
 
 def adaptive(bench: Bench, settings: dict, done: Mapping) -> Outcome:
@@ -114,9 +112,9 @@ def adaptive(bench: Bench, settings: dict, done: Mapping) -> Outcome:
             on_chunk=lambda step, metrics: update(step, f"entropy {metrics['loss'][-1]:.3f}"),
             **{k: v for k, v in settings.items() if k not in ("data", "per_task")},
         )
-    return _of_params(
+    return _evaluated(
         bench,
-        found.params,
+        results.static(found.params),
         settings=settings,
         seconds=time.perf_counter() - start,
         data_access=data,
@@ -139,13 +137,12 @@ def surgery(bench: Bench, settings: dict, done: Mapping) -> Outcome:
         adapters = surgery_lib.train(merged, teacher, seed=bench.seed, on_chunk=show, **settings)
     correct = lambda features: [np.asarray(surgery_lib.apply(adapters, t, z)) for t, z in enumerate(features)]
     return Outcome(
+        merged=results.corrected(done[on].merged, lambda t, z: surgery_lib.apply(adapters, t, z)),
         test=correct(done[on].test),
         held_out=lambda: correct(done[on].held_out()),
         settings={"on": on, **settings},
         seconds=time.perf_counter() - start,
         data_access=data,
-        result="task-conditioned",
-        task_id_needed=True,
     )
 
 
