@@ -27,5 +27,5 @@ def start(argv: list[str]) -> tuple:
     log.propagate = False
     log.setLevel(logging.INFO)
     jax.config.update("jax_compilation_cache_dir", str(wheels.cache() / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     return CONFIG.value, pathlib.Path(WORKDIR.value or f"results/{CONFIG.value.name}")
