@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models_for_tests import random_models
 
 import taskvec as tv
 from taskvec import tree as trees
 from taskvec.adaptive.coefficients import clip01, coefficients
+from tests.models_for_tests import random_models
 
 
 def oracle(theta0, experts, lam, mode, constraint, numbering):

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import toy_models as toy
 
 from taskvec import tree as trees
 from taskvec.adaptive.coefficients import coefficients
 from taskvec.adaptive.merged import LazyTable, merged_apply
+from tests.adaptive import toy_models as toy
 
 TASKS = 3
 TABLE = lambda path, shape: path == "embeddings/word"
