@@ -26,4 +26,4 @@ $(VENV)/installed: setup.cfg constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) results build *.egg-info
+	rm -rf $(VENV) build *.egg-info

@@ -2,6 +2,8 @@
 
 import ml_collections
 
+_TRUTH = {"": True, "true": True, "1": True, "false": False, "0": False}
+
 
 def parse_arg(arg: str | None, **defaults) -> ml_collections.ConfigDict:
     """Parses ``"runlocal,seeds=3"`` against defaults, which give the allowed keys and their types.
@@ -21,8 +23,8 @@ def parse_arg(arg: str | None, **defaults) -> ml_collections.ConfigDict:
             )
         kind = type(defaults[key])
         try:
-            values[key] = text.lower() in ("", "true", "1") if kind is bool else kind(text)
-        except ValueError as error:
+            values[key] = _TRUTH[text.lower()] if kind is bool else kind(text)
+        except (KeyError, ValueError) as error:
             raise ValueError(f"config argument {key}={text!r} should be of type {kind.__name__}") from error
     return ml_collections.ConfigDict(values)
 
@@ -33,6 +35,8 @@ def benchmark(name: str, seeds: int) -> ml_collections.ConfigDict:
     A setting given as a tuple is searched on held-out training rows, never on test rows. A label is the name of its
     method unless ``method`` says otherwise.
     """
+    if seeds < 1:
+        raise ValueError(f"seeds={seeds}, must be at least 1")
     config = ml_collections.ConfigDict()
     config.name = name
     config.seeds = tuple(range(seeds))
@@ -43,7 +47,7 @@ def benchmark(name: str, seeds: int) -> ml_collections.ConfigDict:
         {"steps": 40, "batch_size": 32, "learning_rate": 1e-4, "warmup_fraction": 0.1, "weight_decay": 0.0, "clip": 1.0}
     )
     scales = (0.3, 0.5, 0.7, 1.0)
-    ada = {"method": "adamerging", "mode": "tensor", "init": 0.3, "learning_rate": 1e-3, "steps": 100, "per_task": 16}
+    ada = {"method": "adamerging", "mode": "tensor", "init": 0.3, "learning_rate": 1e-3, "steps": 500, "per_task": 16}
     cut = {"method": "surgery", "on": "adamerging", "rank": 16, "steps": 1000, "learning_rate": 1e-3}
     settings = {
         "pretrained": {},

@@ -10,7 +10,7 @@ TASKS = ("subj", "mr", "trec", "mpqa", "agnews", "banking77", "snips", "tweet_of
 
 def get_config(arg=None):
     """Arguments: ``source`` (the folder), ``runlocal`` (a run of seconds, for tests), ``seeds`` (how many)."""
-    arg = common.parse_arg(arg, source="../shared/data", runlocal=False, seeds=3)
+    arg = common.parse_arg(arg, source="data", runlocal=False, seeds=3)
     config = common.benchmark("text8", arg.seeds)
     config.model = "minilm"
     config.suite = common.suite("text", TASKS, source=arg.source, train=800, held_out=128, test=400, max_length=32)

@@ -10,7 +10,7 @@ TASKS = ("cifar10", "fashion_mnist", "mnist", "gtsrb", "dtd10")
 
 def get_config(arg=None):
     """Arguments: ``source`` (the folder), ``runlocal`` (a run of seconds, for tests), ``seeds`` (how many)."""
-    arg = common.parse_arg(arg, source="../shared/data", runlocal=False, seeds=3)
+    arg = common.parse_arg(arg, source="data", runlocal=False, seeds=3)
     config = common.benchmark("vision5", arg.seeds)
     config.model = "efficientnet_lite0"
     config.suite = common.suite("image", TASKS, source=arg.source, train=640, held_out=200, test=300, image_size=64)

@@ -3,7 +3,7 @@
     python -m experiments.benchmark --config=configs/vision3.py --workdir=results/vision3
 
 Leaves ``result.jsonl`` (one row a method and seed), ``report.md``, ``accuracy.png``, ``coefficients.png`` and
-``coefficients.npz``. Every method sees the same rows, heads and experts; what a method may look at stands in its row.
+``coefficients_LABEL.json``. Every method sees the same rows, heads and experts; what it may look at stands in its row.
 """
 
 import pathlib
@@ -32,7 +32,7 @@ def benchmark(config, workdir: pathlib.Path) -> None:
         for label in output.in_order(config):
             done[label] = runs.run(bench, label, config.settings[label], done)
             say(table.add(bench, label, done[label]))
-    table.write(workdir)
+        table.write(workdir)  # after every seed, so that a run cut short leaves what it has
     say(f"done in {time.perf_counter() - start:.0f} s; results in {workdir}")
 
 

@@ -1,5 +1,7 @@
 """What a benchmark leaves: rows, the report, two figures, the coefficients; and the checks before it starts."""
 
+import inspect
+import itertools
 import json
 import pathlib
 from typing import Any
@@ -7,13 +9,15 @@ from typing import Any
 import numpy as np
 
 from experiments.prepare import Bench
-from experiments.runs import KINDS, Outcome
+from experiments.runs import KINDS, Outcome, grid_of
+from taskvec.adaptive.adamerging import adamerging
 from taskvec.analysis import figures, report
 from taskvec.data import suites
 from taskvec.evaluation import rows as rows_lib, statistics
 from taskvec.evaluation.evaluate import accuracy
 from taskvec.io.safetensors_format import write_text
 from taskvec.merging import registry
+from taskvec.modular import surgery
 
 BEST_STATIC = "best static"
 
@@ -36,11 +40,16 @@ def check(config: Any, workdir: pathlib.Path) -> None:
         settings = dict(config.settings[label])
         name = settings.pop("method", label)
         if name in KINDS:
+            _check_kind(label, name, settings)
             missing = {settings["on"], "individual"} - set(config.methods) if "on" in settings else ()
             if missing:
                 raise ValueError(f"{label} builds on {', '.join(map(repr, missing))}, which is not in config.methods")
             continue
-        registry.get(name)(**{k: v[0] if isinstance(v, tuple | list) else v for k, v in settings.items()})
+        grid = grid_of(settings)
+        if grid and config.suite.held_out < 1:
+            raise ValueError(f"{label} searches {', '.join(grid)} on held-out rows, but config.suite.held_out is 0")
+        for values in itertools.product(*grid.values()):
+            registry.get(name)(**{**settings, **dict(zip(grid, values, strict=True))})
     for claim in config.claims:
         unknown = [x for x in claim if x not in (*config.methods, BEST_STATIC)]
         if unknown:
@@ -49,6 +58,19 @@ def check(config: Any, workdir: pathlib.Path) -> None:
             )
     suites.parse(config.suite)
     workdir.mkdir(parents=True, exist_ok=True)
+
+
+def _check_kind(label: str, name: str, settings: dict) -> None:
+    kinds = {"adamerging": (adamerging, {"data", "per_task"}), "surgery": (surgery.train, {"data", "on"})}
+    function, needed = kinds.get(name, (lambda: None, set()))
+    allowed = needed | {p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    unknown, missing = sorted(settings.keys() - allowed), sorted(needed - settings.keys())
+    if unknown or missing:
+        raise ValueError(
+            f"{label}: unknown settings {unknown}, missing settings {missing}; {name} takes {sorted(allowed)}"
+        )
+    if "data" in settings and settings["data"] not in rows_lib.DATA_ACCESS[1:3]:
+        raise ValueError(f"{label}: data is {settings['data']!r}; allowed: {', '.join(rows_lib.DATA_ACCESS[1:3])}")
 
 
 class Table:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 
 import taskvec
 from taskvec import models
@@ -141,7 +142,7 @@ def expert_key(bench: Bench, t: int) -> str:
         "finetune": dict(bench.config.finetune),
         "head_scale": bench.config.head_scale,
         "seed": bench.seed,
-        "jax": jax.__version__,
+        "versions": [jax.__version__, optax.__version__, np.__version__],
         "backend": jax.default_backend(),
     }
     digest.update(json.dumps(settings, sort_keys=True).encode())

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 import taskvec as tv
@@ -29,7 +30,7 @@ class Outcome(NamedTuple):
       test: its features of every task's test rows, ``[N_t, d]``.
       held_out: a function that gives those of the held-out rows (computed only if somebody asks).
       settings: all settings, resolved.
-      seconds: of merging or adapting, evaluation not counted.
+      seconds: of merging or adapting, a search on held-out rows included; scoring on test rows is not.
       data_access: as in a result row.
       coefficients: ``(groups, [G, T])`` of an adaptive method.
     """
@@ -71,15 +72,21 @@ def individual(bench: Bench, settings: dict, done: Mapping) -> Outcome:
     return _evaluated(bench, results.per_task(bench.experts), settings=settings, seconds=0.0)
 
 
+def grid_of(settings: Mapping[str, Any]) -> dict[str, tuple]:
+    """The settings given as tuples, which are searched; ``weights`` is a tuple by nature."""
+    return {k: tuple(v) for k, v in settings.items() if isinstance(v, tuple | list) and k != "weights"}
+
+
 def static(bench: Bench, name: str, settings: dict) -> Outcome:
     """A registered data-free method; settings given as tuples are searched on held-out rows, never on test rows."""
     start = time.perf_counter()
-    grid = {k: tuple(v) for k, v in settings.items() if isinstance(v, tuple | list)}
+    grid = grid_of(settings)
     fixed = {k: v for k, v in settings.items() if k not in grid}
     best, best_score, merged = {}, -1.0, None
     for values in itertools.product(*grid.values()):
         trial = dict(zip(grid, values, strict=True))
-        params = tv.merge(name, bench.base.pretrained, bench.experts, **fixed, **trial)
+        merge = tv.merge(name, bench.base.pretrained, bench.experts, **fixed, **trial)
+        params = jax.block_until_ready(merge)
         found = 0.0
         if grid:
             held_out = [bench.batches(t, "held_out") for t in range(len(bench.tasks))]

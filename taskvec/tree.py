@@ -5,7 +5,8 @@ of two layouts that mean the same:
 
 * per layer, as files name them: ``blocks/0/attention/query/kernel`` of shape ``[d, d]`` for every layer;
 * stacked, as scanned models want them: ``blocks/attention/query/kernel`` of shape ``[L, d, d]``. The rule is
-  the name: a dict called ``blocks`` whose children are not numbered holds layers stacked on the leading axis.
+  the name: a dict called ``blocks`` whose children are not numbered (``0``, ``layer_0``) holds layers stacked on the
+  leading axis, of one length in all its leaves.
 
 Everything that speaks of a "tensor" or a "layer" means the per-layer tensor, in either layout.
 """
@@ -21,6 +22,7 @@ from flax import traverse_util
 Tree = Any
 
 STACK = "blocks"
+_NUMBERED = re.compile(r"(?:\w*_)?\d+")
 _DEPTH = re.compile(r"(?:^|[/._])(?:blocks?|layers?|resblocks|encoderblock|h)[/._](\d+)(?=[/._]|$)")
 
 
@@ -45,7 +47,7 @@ def map_with_path(fn: Callable, tree: Tree, *rest: Tree) -> Tree:
 def is_stacked(path: str) -> bool:
     """Whether the leaf at `path` carries the layers of a block stack on its leading axis."""
     keys = path.split("/")
-    return STACK in keys[:-1] and not keys[keys.index(STACK) + 1].isdigit()
+    return STACK in keys[:-1] and not _NUMBERED.fullmatch(keys[keys.index(STACK) + 1])
 
 
 def layer_path(path: str, layer: int) -> str:

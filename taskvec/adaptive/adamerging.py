@@ -7,7 +7,9 @@ test set (transductive, as published) or of held-out data (inductive).
 
 Where the released code differs (EnnengYang/AdaMerging, commit cea1165): a step sums the entropies of *two* batches of
 16 a task, and merges anew for each of them; it learns coefficients for six leftovers of the text tower, whose gradient
-is zero. FusionBench takes 1000 steps, one batch, no clamp, and ``log(p + 1e-8)``.
+is zero. FusionBench takes 1000 steps, one batch, no clamp, and ``log(p + 1e-8)``. The ++ form of the released code
+elects the majority sign where signs cancel and keeps one entry more (rule "released" and zero "majority" of `trim`
+and `elect_signs`).
 """
 
 import functools

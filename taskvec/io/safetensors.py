@@ -29,7 +29,7 @@ class SafetensorsReader:
       metadata: the ``__metadata__`` of the file (of the first shard).
     """
 
-    def __init__(self, path: PathLike, check_finite: bool = False):
+    def __init__(self, path: PathLike, check_finite: bool = True):
         """Opens `path` and checks names, shapes and file sizes.
 
         Args:
@@ -74,7 +74,7 @@ class SafetensorsReader:
 
         Raises:
           KeyError: no such tensor.
-          ValueError: it holds NaN or infinity and the reader was made with ``check_finite=True``.
+          ValueError: it holds NaN or infinity and the reader was made with ``check_finite``.
         """
         path, spec = self.path_of(name), self.specs[name]
         if rows is not None:  # the library knows no negative, empty or overlong slices
@@ -94,7 +94,7 @@ class SafetensorsReader:
         return array
 
 
-def load(path: PathLike, check_finite: bool = False) -> dict[str, np.ndarray]:
+def load(path: PathLike, check_finite: bool = True) -> dict[str, np.ndarray]:
     """Reads every tensor of a file or folder: name -> array."""
     reader = SafetensorsReader(path, check_finite)
     return {name: reader.read(name) for name in reader.specs}

@@ -41,6 +41,9 @@ def merge(
     Raises:
       ValueError: unknown method or setting, models that do not match, NaN or infinity in a model.
     """
+    transform = _resolve(method, settings, extras or {})
+    if isinstance(finetuned, Mapping):
+        raise ValueError("finetuned must be a list of parameter trees; for one model write [params]")
     finetuned = list(finetuned)
     for i, params in enumerate(finetuned):
         vectors.check_same_model(pretrained, params, f"fine-tuned model {i}")
@@ -49,7 +52,6 @@ def merge(
         vectors.check_finite(params, f"fine-tuned model {i}")
     flat0, flats = trees.flatten(pretrained), [trees.flatten(params) for params in finetuned]
     flat_extras = {name: trees.flatten(extra) for name, extra in (extras or {}).items()}
-    transform = _resolve(method, settings, flat_extras)
     plan = make_plan(transform, flat0, len(finetuned), policy)
 
     def leaves():
@@ -119,5 +121,5 @@ def merge_streamed(
 
     for path, weights in run(transform, plan, leaves, add=True):
         write(path, np.asarray(weights))
-    for path in specs.keys() - plan.tensors.keys():
+    for path in sorted(specs.keys() - plan.tensors.keys()):
         write(path, pretrained.read(path))

@@ -11,7 +11,8 @@ from taskvec.transforms import Chain, chain, crumbs, scale as scale_by, sum_task
         arxiv="2312.06795",
         year=2023,
         summary="per layer, drops the largest and the smallest entries, then task arithmetic",
-        released_code="ranks along the last axis of each tensor (axis='row')",
+        released_code="ranks along the last axis of each tensor as torch stores it, [out, in]; axis='row' takes the "
+        "last axis as stored here",
     ),
 )
 def breadcrumbs(density: float = 0.14, gamma: float = 0.01, scale: float = 0.3, axis: str = "tensor") -> Chain:

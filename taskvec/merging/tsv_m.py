@@ -11,7 +11,7 @@ from taskvec.transforms import Chain, chain, merge_singular_vectors, scale as sc
         arxiv="2412.00081",
         year=2024,
         summary="sums the leading singular vectors of all tasks after orthogonalising them",
-        released_code="leaves the matrix named text_projection to the average: exclude it with `include`",
+        released_code="averages the matrix named text_projection; here it is treated as the other matrices",
     ),
 )
 def tsv_m(scale: float = 1.0, solver: str = "gram") -> Chain:

@@ -80,6 +80,7 @@ def make_plan(stages: Chain, specs: Mapping[str, Any], num_tasks: int, policy: L
         raise ValueError("a merge needs at least one fine-tuned model")
     predicates = [p for stage in stages.stages for p in stage.predicates]
     tensors, size, unseen, blocks = {}, 0, 0, 0
+    _check_specs(specs)
     for path, spec in specs.items():
         if not trees.is_float(spec):
             continue
@@ -104,6 +105,23 @@ def make_plan(stages: Chain, specs: Mapping[str, Any], num_tasks: int, policy: L
         raise ValueError(f"no floating-point leaf matches include={policy.include!r}; the model has {some}, ...")
     unseen = unseen if policy.count_excluded else 0
     return Plan(tensors, ModelInfo(num_tasks, size + unseen, unseen, blocks))
+
+
+def _check_specs(specs: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for what cannot be merged: float64 without x64, stacks of different numbers of layers."""
+    wide = [path for path, spec in specs.items() if spec.dtype == np.float64]
+    if wide and not jax.config.jax_enable_x64:
+        raise ValueError(f"{wide[0]} is float64, which jax would cut to float32: cast it, or set jax_enable_x64")
+    stacks: dict[str, dict[str, tuple]] = {}
+    for path, spec in specs.items():
+        if trees.is_stacked(path):
+            stacks.setdefault(path.split(f"{trees.STACK}/")[0], {})[path] = tuple(spec.shape)
+    for shapes in stacks.values():
+        if len({shape[:1] for shape in shapes.values()}) > 1 or () in shapes.values():
+            raise ValueError(
+                f"leaves under a dict named {trees.STACK!r} are taken for stacked layers, but differ in length: "
+                f"{shapes}. Number its children, or give the dict another name"
+            )
 
 
 def make_leaf(tensor: Tensor, info: ModelInfo, theta0: Array, tau: Any, extras: dict, row0: Any = 0) -> Leaf:

@@ -91,6 +91,15 @@ def test_mistakes_are_reported_before_the_work(tmp_path):
     settings = text4.get_config().settings
     settings.ties = {"densty": 0.2}
     refused(ValueError, "did you mean 'density'", settings=settings)
+    settings = text4.get_config().settings
+    settings.ties = {"density": (0.2, 20)}
+    refused(ValueError, "a percentage is written 0.2", settings=settings)
+    settings = text4.get_config().settings
+    settings.adamerging.data = "unlabeled test"
+    refused(ValueError, "allowed: unlabelled test, unlabelled train", settings=settings)
+    settings = text4.get_config().settings
+    settings.surgery = {"data": "unlabelled test", "on": "ties", "stpes": 3}
+    refused(ValueError, "unknown settings .'stpes'", settings=settings)
     refused(ValueError, "builds on 'adamerging', which is not in config.methods", methods=("surgery", "individual"))
     refused(ValueError, "config.claims names", claims=(("pretrained", "nothing"),))
     with pytest.raises(FileNotFoundError, match="neither minilm nor efficientnet_lite0 nor an existing path"):

@@ -186,8 +186,8 @@ def test_an_index_that_promises_too_much(tmp_path):
 def test_nan_and_inf(tmp_path, dtype, value):
     bad = np.array([1, value, 2, value]).astype(dtype)
     save(tmp_path / "x.safetensors", {"bad": bad, "ids": np.arange(3)})
-    assert np.isnan(SafetensorsReader(tmp_path / "x.safetensors").read("bad")).sum() in (0, 2)
-    reader = SafetensorsReader(tmp_path / "x.safetensors", check_finite=True)
+    assert len(SafetensorsReader(tmp_path / "x.safetensors", check_finite=False).read("bad")) == 4
+    reader = SafetensorsReader(tmp_path / "x.safetensors")
     reader.read("ids")
     with pytest.raises(ValueError, match=r"x\.safetensors: tensor bad holds NaN or infinity in 2 of 4 places"):
         reader.read("bad")

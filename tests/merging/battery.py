@@ -1,7 +1,7 @@
 """What every registered method must satisfy, as functions of a `Method`; see test_battery.py.
 
-A method states what it promises through its settings and card alone, so a new method is covered the moment it is
-registered.
+A new method is covered the moment it is registered; one that draws random numbers, or in which tasks play different
+parts, is named below.
 """
 
 import jax

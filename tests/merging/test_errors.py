@@ -1,5 +1,6 @@
 """Errors a newcomer will make."""
 
+import numpy as np
 import pytest
 
 import taskvec as tv
@@ -50,3 +51,25 @@ def test_names_are_taken_once():
     other = method("ties", Card("t", "1.2", 2024, "s"))(lambda: tv.sum_tasks())
     with pytest.raises(ValueError, match="registered already"):
         register(other)
+
+
+def test_one_tree_instead_of_a_list():
+    with pytest.raises(ValueError, match=r"for one model write \[params\]"):
+        tv.merge("ties", MODELS[0], MODELS[1][0])
+
+
+def test_float64_is_not_cut_silently():
+    model = {"w": np.zeros(3)}
+    with pytest.raises(ValueError, match="w is float64"):
+        tv.merge("weight_average", model, [model])
+
+
+def test_a_dict_called_blocks():
+    """Numbered children are layers of their own; others must be stacked, all to one length."""
+    numbered = {
+        "blocks": {"layer_0": {"w": np.ones((6, 5), np.float32)}, "layer_1": {"w": np.ones((3, 5), np.float32)}}
+    }
+    assert tv.merge("weight_average", numbered, [numbered])["blocks"]["layer_1"]["w"].shape == (3, 5)
+    mixed = {"blocks": {"a": ones(6), "b": ones(3)}}
+    with pytest.raises(ValueError, match="taken for stacked layers, but differ in length"):
+        tv.merge("weight_average", mixed, [mixed])

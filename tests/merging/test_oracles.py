@@ -64,3 +64,19 @@ def test_tsv_m_on_steep_spectra():
     merged = tv.merge("tsv_m", pretrained, [{"w": t.astype(np.float32)} for t in taus])["w"]
     expected = oracles.tsv_m({"w": taus}, {"w": None})["w"]
     assert np.linalg.norm(merged - expected) < 2e-3 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("solver", ["gram", "svd"])
+def test_tsv_m_of_low_rank_and_untouched_tasks(solver):
+    """LoRA experts, and a task that left the matrix alone: singular vectors that do not exist must not take part."""
+    rng = np.random.default_rng(3)
+    taus = np.stack(
+        [rng.standard_normal((24, 2)) @ rng.standard_normal((2, 24)) for _ in range(3)] + [np.zeros((24, 24))]
+    )
+    polar = lambda a: (lambda u, s, vt: u @ vt)(*np.linalg.svd(a, full_matrices=False))
+    parts = [np.linalg.svd(tau) for tau in taus[:3]]
+    u, v = (np.concatenate(x, axis=1) for x in zip(*((p[0][:, :2], p[2][:2].T) for p in parts), strict=True))
+    expected = polar(u) @ np.diag(np.concatenate([p[1][:2] for p in parts])) @ polar(v).T
+    models = [{"w": tau.astype(np.float32)} for tau in taus]
+    merged = tv.merge("tsv_m", {"w": np.zeros((24, 24), np.float32)}, models, solver=solver)["w"]
+    assert np.linalg.norm(merged - expected) < 1e-3 * np.linalg.norm(expected)
