@@ -66,9 +66,8 @@ def test_float64_is_not_cut_silently():
 
 def test_a_dict_called_blocks():
     """Numbered children are layers of their own; others must be stacked, all to one length."""
-    numbered = {
-        "blocks": {"layer_0": {"w": np.ones((6, 5), np.float32)}, "layer_1": {"w": np.ones((3, 5), np.float32)}}
-    }
+    ones = lambda n: np.ones((n, 5), np.float32)
+    numbered = {"blocks": {"layer_0": {"w": ones(6)}, "layer_1": {"w": ones(3)}}}
     assert tv.merge("weight_average", numbered, [numbered])["blocks"]["layer_1"]["w"].shape == (3, 5)
     mixed = {"blocks": {"a": ones(6), "b": ones(3)}}
     with pytest.raises(ValueError, match="taken for stacked layers, but differ in length"):
