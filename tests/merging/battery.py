@@ -1,7 +1,7 @@
 """What every registered method must satisfy, as functions of a `Method`; see test_battery.py.
 
-A new method is covered the moment it is registered; one that draws random numbers, or in which tasks play different
-parts, is named below.
+A new method is covered the moment it is registered and has an oracle. How many tasks it takes, and whether their order
+matters, is on its card.
 """
 
 import jax
@@ -10,14 +10,23 @@ import numpy as np
 
 import taskvec as tv
 from taskvec import tree as trees
-from taskvec.merging import Method, merge_streamed
+from taskvec.merging import Method, PerTask, merge_streamed, plan_streamed
+from tests.merging import oracles
 from tests.models_for_tests import LAYERS, random_models
 
-# One task and no sparsity or scaling: these give the expert back.
-WHOLE = {"scale": 1.0, "density": 1.0, "trim_density": 1.0, "gamma": 0.0, "at_least": 1}
-GIVES_NO_EXPERT = {"task_negation", "task_analogy", "lines", "lines_ties"}
-# Tasks play different parts, or draw different random numbers.
-ORDERED = {"task_analogy", "dare", "dare_ties"}
+
+def number_of_tasks(method: Method, wanted: int) -> int:
+    """The number of tasks nearest to `wanted` that the method takes."""
+    low, high = method.card.tasks
+    return max(low, min(wanted, high or wanted))
+
+
+def merge(method: Method, pretrained, finetuned, **settings):
+    """The merged params; for a task-conditioned method those of the last task."""
+    oracle = oracles.of(method.name)
+    extras = oracle.extras(pretrained, finetuned) if oracle.extras else None
+    result = tv.merge(method, pretrained, finetuned, extras=extras, **settings)
+    return result.params(len(finetuned) - 1) if isinstance(result, PerTask) else result
 
 
 def assert_close(a, b, atol=2e-6):
@@ -32,9 +41,9 @@ def assert_close(a, b, atol=2e-6):
 
 
 def keeps_names_shapes_and_dtypes(method: Method) -> None:
-    pretrained, finetuned = random_models(0, 3)
+    pretrained, finetuned = random_models(0, number_of_tasks(method, 3))
     to_bf16 = lambda p: jax.tree.map(lambda x: x.astype(jnp.bfloat16) if trees.is_float(x) else x, p)
-    merged = tv.merge(method, to_bf16(pretrained), [to_bf16(f) for f in finetuned])
+    merged = merge(method, to_bf16(pretrained), [to_bf16(f) for f in finetuned])
     for path, x in trees.flatten(merged).items():
         assert x.dtype == (jnp.int32 if path == "position_ids" else jnp.bfloat16)
         assert x.shape == trees.flatten(pretrained)[path].shape
@@ -42,93 +51,113 @@ def keeps_names_shapes_and_dtypes(method: Method) -> None:
 
 def bf16_is_close_to_fp32(method: Method) -> None:
     """Differences are taken in float32: the only loss is rounding of inputs and output, 2^-8 relative."""
-    pretrained, finetuned = random_models(0, 3, tau_size=1.0)
+    pretrained, finetuned = random_models(0, number_of_tasks(method, 3), tau_size=1.0)
     to_bf16 = lambda p: jax.tree.map(lambda x: x.astype(jnp.bfloat16) if trees.is_float(x) else x, p)
     to_fp32 = lambda p: jax.tree.map(lambda x: x.astype(jnp.float32) if trees.is_float(x) else x, p)
     low = [to_bf16(p) for p in [pretrained, *finetuned]]
-    merged = tv.merge(method, low[0], low[1:])
-    exact = tv.merge(method, to_fp32(low[0]), [to_fp32(p) for p in low[1:]])
+    merged = merge(method, low[0], low[1:])
+    exact = merge(method, to_fp32(low[0]), [to_fp32(p) for p in low[1:]])
     assert_close(merged, jax.tree.map(lambda x, y: x.astype(y.dtype), exact, merged), atol=1e-6)
 
 
 def zero_scale_gives_pretrained(method: Method) -> None:
     if "scale" not in method.defaults or method.name.startswith("lines"):  # LiNeS keeps alpha at the first block
         return
-    pretrained, finetuned = random_models(1, 3)
-    assert_close(tv.merge(method, pretrained, finetuned, scale=0.0), pretrained)
+    pretrained, finetuned = random_models(1, number_of_tasks(method, 3))
+    assert_close(merge(method, pretrained, finetuned, scale=0.0), pretrained)
 
 
 def one_task_gives_expert(method: Method) -> None:
-    if method.name in GIVES_NO_EXPERT:
+    settings = oracles.of(method.name).expert
+    if settings is None or method.card.tasks[0] > 1:
         return
     pretrained, finetuned = random_models(2, 1)
-    settings = {k: v for k, v in WHOLE.items() if k in method.defaults}
-    if method.name.startswith("consensus"):
-        settings["threshold"] = 1e-6
-    assert_close(tv.merge(method, pretrained, finetuned, **settings), finetuned[0], atol=1e-5)
+    assert_close(merge(method, pretrained, finetuned, **settings), finetuned[0], atol=1e-5)
 
 
 def identical_models_change_nothing(method: Method) -> None:
     pretrained, _ = random_models(3, 1)
-    assert_close(tv.merge(method, pretrained, [pretrained] * 3), pretrained)
+    assert_close(merge(method, pretrained, [pretrained] * number_of_tasks(method, 3)), pretrained)
 
 
 def order_of_tasks_does_not_matter(method: Method) -> None:
-    if method.name in ORDERED:
+    if method.card.ordered:
         return
-    pretrained, finetuned = random_models(4, 3)
-    assert_close(tv.merge(method, pretrained, finetuned), tv.merge(method, pretrained, finetuned[::-1]), atol=1e-5)
+    pretrained, finetuned = random_models(4, number_of_tasks(method, 3))
+    assert_close(merge(method, pretrained, finetuned), merge(method, pretrained, finetuned[::-1]), atol=1e-5)
 
 
 def twenty_tasks_work(method: Method) -> None:
-    if method.name == "task_analogy":
-        return
-    pretrained, finetuned = random_models(5, 20)
-    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(tv.merge(method, pretrained, finetuned)))
+    pretrained, finetuned = random_models(5, number_of_tasks(method, 20))
+    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(merge(method, pretrained, finetuned)))
 
 
 def stacked_layers_equal_single_ones(method: Method) -> None:
-    pretrained, finetuned = random_models(6, 3)
-    single = tv.merge(method, trees.unstack_layers(pretrained), [trees.unstack_layers(f) for f in finetuned])
-    assert_close(trees.unstack_layers(tv.merge(method, pretrained, finetuned)), single)
+    pretrained, finetuned = random_models(6, number_of_tasks(method, 3))
+    single = merge(method, trees.unstack_layers(pretrained), [trees.unstack_layers(f) for f in finetuned])
+    assert_close(trees.unstack_layers(merge(method, pretrained, finetuned)), single)
 
 
 def eager_and_jitted_runs_agree(method: Method) -> None:
-    pretrained, finetuned = random_models(7, 3)
+    pretrained, finetuned = random_models(7, number_of_tasks(method, 3))
     tau = tv.task_vectors(pretrained, finetuned)
-    fn = lambda theta0, tau: tv.transform_task_vectors(method(), theta0, tau)
+    oracle = oracles.of(method.name)
+    extras = oracle.extras(pretrained, finetuned) if oracle.extras else None
+    fn = lambda theta0, tau: tv.transform_task_vectors(method(), theta0, tau, extras=extras)
     assert_close(jax.jit(fn)(pretrained, tau), fn(pretrained, tau))
 
 
 def sharded_equals_unsharded(method: Method) -> None:
-    """Parameters cut over 4 devices along their last axis where it divides; the task axis is never cut."""
-    pretrained, finetuned = random_models(8, 3)
+    """Parameters cut over 8 devices along their last axis where it divides; the task axis is never cut."""
+    pretrained, finetuned = random_models(8, number_of_tasks(method, 3))
     auto = (jax.sharding.AxisType.Auto,)
-    mesh = jax.make_mesh((4,), ("model",), axis_types=auto, devices=jax.devices()[:4])
+    mesh = jax.make_mesh((8,), ("model",), axis_types=auto, devices=jax.devices()[:8])
 
     def place(x):
-        cut = x.ndim > 1 and x.shape[-1] % 4 == 0
+        cut = x.ndim > 1 and x.shape[-1] % 8 == 0
         spec = jax.sharding.PartitionSpec(*[None] * (x.ndim - 1), "model") if cut else jax.sharding.PartitionSpec()
         return jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
 
-    sharded = tv.merge(method, jax.tree.map(place, pretrained), [jax.tree.map(place, f) for f in finetuned])
-    assert_close(sharded, tv.merge(method, pretrained, finetuned))
+    sharded = merge(method, jax.tree.map(place, pretrained), [jax.tree.map(place, f) for f in finetuned])
+    assert_close(sharded, merge(method, pretrained, finetuned))
 
 
 def streamed_equals_in_memory(method: Method, folder) -> None:
     """Through real files, tensor by tensor."""
     from taskvec.io import safetensors
 
-    pretrained, finetuned = random_models(9, 3)
+    pretrained, finetuned = random_models(9, number_of_tasks(method, 3))
     models = [trees.unstack_layers(p) for p in [pretrained, *finetuned]]
     paths = [folder / f"{i}.safetensors" for i in range(len(models))]
     for path, model in zip(paths, models, strict=True):
         safetensors.save(path, {k: np.asarray(v) for k, v in trees.flatten(model).items()})
     readers = [safetensors.SafetensorsReader(path) for path in paths]
+    oracle, chained = oracles.of(method.name), method()
+    extras = oracle.extras(models[0], models[1:]) if oracle.extras else {}
+    settings = {"extras": {name: _by_task(tree, len(finetuned)) for name, tree in extras.items()}}
+    if all(stage.by_rows for stage in chained.stages):
+        settings["memory"] = 30_000  # too little for the larger tensors: they go by rows
+        assert plan_streamed(method, readers[0], readers[1:], **settings).rows
+    if method.card.result == "task-conditioned":
+        settings["task"] = len(finetuned) - 1
     with safetensors.SafetensorsWriter(folder / "merged.safetensors", readers[0].specs) as writer:
-        merge_streamed(method, readers[0], readers[1:], writer.write)
+        merge_streamed(method, readers[0], readers[1:], writer.write, **settings)
     merged = {k: jnp.asarray(v) for k, v in safetensors.load(folder / "merged.safetensors").items()}
-    assert_close(trees.unflatten(merged), tv.merge(method, models[0], models[1:]))
+    assert_close(trees.unflatten(merged), merge(method, models[0], models[1:]))
+
+
+class _Arrays:
+    """A reader of one task's part of an extra."""
+
+    def __init__(self, arrays):
+        self.arrays = self.specs = arrays
+
+    def read(self, name, rows=None):
+        return self.arrays[name] if rows is None else self.arrays[name][rows]
+
+
+def _by_task(tree, tasks: int) -> list[_Arrays]:
+    return [_Arrays({path: np.asarray(x[t]) for path, x in trees.flatten(tree).items()}) for t in range(tasks)]
 
 
 def has_a_true_card(method: Method) -> None:

@@ -1,10 +1,49 @@
-"""Every data-free method once more, from its paper's formula, in float64 NumPy on named per-layer tensors.
-
-Written without the library: plain loops, np.sort and np.linalg.svd. ``oracle(taus, depths, **settings)`` takes
-``taus`` as ``{name: [T, ...]}`` and returns ``{name: merged vector}``.
-"""
+"""Oracles of the methods that came first: arithmetic, TIES, DARE, Breadcrumbs, LiNeS, Consensus."""
 
 import numpy as np
+
+import taskvec as tv
+from taskvec import tree as trees
+
+CASES = {
+    "weight_average": [{}],
+    "task_arithmetic": [{}, {"scale": 0.7, "weights": (0.5, -1.0, 2.0)}],
+    "task_negation": [{}],
+    "task_analogy": [{"scale": 0.5}],
+    "ties": [{}, {"density": 0.05, "aggregate": "sum", "scale": 0.3}, {"aggregate": "max"}, {"density": 0.9}],
+    "dare": [{}, {"density": 0.8}],
+    "dare_ties": [{"density": 0.5}],
+    "breadcrumbs": [{}, {"axis": "row"}, {"density": 0.3, "gamma": 0.2}],
+    "lines": [{}, {"scale": 0.9}],
+    "lines_ties": [{}],
+    "consensus_ta": [{}, {"threshold": 0.2, "at_least": 1}, {"at_least": 3}],
+    "consensus_ties": [{}],
+}
+EXPERT = {
+    "weight_average": {},
+    "task_arithmetic": {"scale": 1.0},
+    "task_negation": None,
+    "task_analogy": None,
+    "ties": {"density": 1.0},
+    "dare": {"density": 1.0, "scale": 1.0},
+    "dare_ties": {"density": 1.0},
+    "breadcrumbs": {"density": 1.0, "gamma": 0.0, "scale": 1.0},
+    "lines": None,
+    "lines_ties": None,
+    "consensus_ta": {"scale": 1.0, "threshold": 1e-6, "at_least": 1},
+    "consensus_ties": {"density": 1.0, "scale": 1.0, "threshold": 1e-6, "at_least": 1},
+}
+
+
+def _drop_masks(pretrained, finetuned, settings):
+    """The masks that a drop of this density and seed draws, found by dropping a vector of ones."""
+    flat = trees.unstack_layers(pretrained)
+    ones = trees.map_with_path(lambda p, x: np.ones((len(finetuned), *x.shape), np.float32), flat)
+    dropped = tv.transform_task_vectors(tv.drop(settings.get("density", 0.1), rescale="none"), flat, ones)
+    return {"masks": {k: np.asarray(v) != 0 for k, v in trees.flatten(dropped).items()}}
+
+
+RANDOM = {"dare": _drop_masks, "dare_ties": _drop_masks}
 
 
 def _flat(taus, t):
@@ -104,25 +143,6 @@ def consensus_ta(taus, depths, scale=0.3, threshold=0.4, at_least=2):
 
 def consensus_ties(taus, depths, density=0.2, scale=0.3, threshold=0.4, at_least=2):
     return _consensus(ties(taus, depths, density, 1.0, "sum"), taus, scale, threshold, at_least)
-
-
-def tsv_m(taus, depths, scale=1.0):
-    def polar(a):
-        u, _, vt = np.linalg.svd(a, full_matrices=False)
-        return u @ vt
-
-    def one(x):
-        tasks = len(x)
-        rank = min(x.shape[1:]) // tasks if x.ndim == 3 else 0
-        if rank == 0:
-            return x.mean(0)
-        parts = [np.linalg.svd(x[t], full_matrices=False) for t in range(tasks)]
-        u = np.concatenate([p[0][:, :rank] for p in parts], axis=1)
-        s = np.concatenate([p[1][:rank] for p in parts])
-        vt = np.concatenate([p[2][:rank] for p in parts], axis=0)
-        return polar(u) @ np.diag(s) @ polar(vt)
-
-    return {k: scale * one(x) for k, x in taus.items()}
 
 
 def dare(taus, depths, masks, density=0.1, scale=0.3):
