@@ -146,18 +146,18 @@ def streamed_equals_in_memory(method: Method, folder) -> None:
     assert_close(trees.unflatten(merged), merge(method, models[0], models[1:]))
 
 
-class _Arrays:
-    """A reader of one task's part of an extra."""
+class ArrayReader:
+    """A model in memory where one on disk is expected."""
 
     def __init__(self, arrays):
         self.arrays = self.specs = arrays
 
     def read(self, name, rows=None):
-        return self.arrays[name] if rows is None else self.arrays[name][rows]
+        return np.asarray(self.arrays[name] if rows is None else self.arrays[name][rows])
 
 
-def _by_task(tree, tasks: int) -> list[_Arrays]:
-    return [_Arrays({path: np.asarray(x[t]) for path, x in trees.flatten(tree).items()}) for t in range(tasks)]
+def _by_task(tree, tasks: int) -> list[ArrayReader]:
+    return [ArrayReader({path: np.asarray(x[t]) for path, x in trees.flatten(tree).items()}) for t in range(tasks)]
 
 
 def has_a_true_card(method: Method) -> None:
