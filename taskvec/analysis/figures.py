@@ -92,3 +92,78 @@ def _network_order(name: str) -> tuple:
     if block is not None:
         return (1, block, name)
     return (2 if any(word in name for word in ("head", "final", "pooler", "classifier")) else 0, 0, name)
+
+
+def similarity(path: pathlib.Path, labels: Sequence[str], blocks: dict, whole, density: float = 1.0) -> None:
+    """How T task vectors relate: relative norm by block, cosines over the whole model, sign conflict by block.
+
+    Args:
+      path: of the PNG file.
+      labels: T names.
+      blocks: ``{block: taskvec.analysis.similarity.Similarity}`` in the order of the network.
+      whole: their sum.
+      density: fraction of the entries that the signs are of, for the title.
+    """
+    several = len(labels) > 1
+    figure, axes = plt.subplots(
+        1, 3 if several else 1, figsize=(13.5 if several else 6, 4), width_ratios=[5, 4, 5] if several else [1]
+    )
+    norms, *rest = np.atleast_1d(axes)
+    names, at = [_short(name) for name in blocks], np.arange(len(blocks))
+    _by_block(norms, names)
+    stacks = [name.rpartition(str(depth(name)))[0] for name in blocks]
+    for t, label in enumerate(labels):
+        values = np.array([100 * one.relative_norms[t] for one in blocks.values()])
+        for stack in dict.fromkeys(stacks):  # lines join the blocks of one stack only
+            here = np.array([each == stack for each in stacks])
+            first = stack == stacks[0]
+            norms.plot(at[here], values[here], "o-", ms=3, lw=1.2, color=f"C{t}", label=label if first else None)
+    norms.set_ylim(0, 1.15 * max(norms.get_ylim()[1], 1e-9))
+    norms.set_title("norm of the task vector, % of the pretrained weights'", fontsize=9)
+    norms.legend(fontsize=7, frameon=False, ncols=1 + len(labels) // 9)
+    if several:
+        cosines, signs = rest
+        _cosines(figure, cosines, labels, whole.cosines)
+        _by_block(signs, names)
+        signs.bar(at, [100 * one.conflict for one in blocks.values()], color="tab:blue", width=0.7)
+        signs.axhline(100 * whole.conflict, color="black", lw=0.8, ls="--")
+        signs.set_title(
+            f"entries whose signs conflict, %{'' if density == 1 else f', of the top {density:.0%}'} "
+            f"(all: {100 * whole.conflict:.1f})",
+            fontsize=9,
+        )
+    figure.tight_layout(w_pad=2)
+    _save(figure, path)
+
+
+def _short(name: str) -> str:
+    """``model.layers.3`` as ``3``; encoders and decoders keep their first letters."""
+    if depth(name) is None:
+        return name
+    side = "".join(
+        word[:3] + " " for word in name.split(".") if word in ("encoder", "decoder", "text_model", "vision_model")
+    )
+    return f"{side}{depth(name)}"
+
+
+def _by_block(axes: plt.Axes, names: Sequence[str]) -> None:
+    step = max(1, len(names) // 16)
+    axes.set_xticks(
+        range(0, len(names), step), names[::step], fontsize=7, rotation=60 if max(map(len, names)) > 3 else 0
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(axis="y", labelsize=7)
+    axes.set_xlabel("block", fontsize=8)
+
+
+def _cosines(figure: plt.Figure, axes: plt.Axes, labels: Sequence[str], cosines_TxT: np.ndarray) -> None:
+    image = axes.imshow(cosines_TxT, cmap="RdBu", vmin=-1, vmax=1)
+    if len(labels) <= 10:
+        for (row, column), value in np.ndenumerate(cosines_TxT):
+            shade = "white" if abs(value) > 0.6 else "black"
+            axes.text(column, row, f"{value:z.2f}", ha="center", va="center", fontsize=7, color=shade)
+    axes.set_xticks(range(len(labels)), labels, fontsize=7, rotation=35, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(labels)), labels, fontsize=7)
+    axes.tick_params(length=0)
+    figure.colorbar(image, fraction=0.05, pad=0.03).ax.tick_params(labelsize=7)
+    axes.set_title("cosine between task vectors", fontsize=9)

@@ -1,6 +1,7 @@
 """What reading and writing safetensors share: dtype codes, file names of a model folder, the header."""
 
 import json
+import math
 import os
 import pathlib
 from collections.abc import Sequence
@@ -24,7 +25,14 @@ PathLike = str | os.PathLike
 
 
 def read_header(path: PathLike) -> dict[str, Any]:
-    """The JSON header of a safetensors file, after checking that the file is as long as its header says.
+    """The JSON header of a safetensors file; see `header_and_start`."""
+    return header_and_start(path)[0]
+
+
+def header_and_start(path: PathLike) -> tuple[dict[str, Any], int]:
+    """The JSON header of a safetensors file and the first byte of its data.
+
+    The file must be as long as its header says, and every tensor as its shape says.
 
     Raises:
       ValueError: the file is cut short, has bytes left over, or is not safetensors.
@@ -45,7 +53,13 @@ def read_header(path: PathLike) -> dict[str, Any]:
     if size != expected:
         relation = "is cut short" if size < expected else "has bytes left over"
         raise ValueError(f"{path} {relation}: {size} bytes, but its header promises {expected}. Fetch it again.")
-    return header
+    for name, entry in header.items():
+        if name != "__metadata__" and entry["dtype"] in DTYPES:
+            begin, end = entry["data_offsets"]
+            size = math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize
+            if not 0 <= begin <= end or end - begin != size:
+                raise ValueError(f"{path}: {name} needs {size} bytes, but its header gives it {begin} to {end}")
+    return header, 8 + length
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
@@ -58,6 +72,25 @@ def write_text(path: pathlib.Path, text: str) -> None:
 def temporary_name(path: pathlib.Path) -> pathlib.Path:
     """A hidden name beside `path`, on the same file system so that a rename is atomic."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def remove_stale(folder: pathlib.Path, pattern: str) -> None:
+    """Deletes temporary files for names that match `pattern` (as `glob` has it) that killed processes left."""
+    for temporary in folder.glob(f".{pattern}.*.tmp"):
+        pid = temporary.name.split(".")[-2]
+        if pid.isdigit() and not alive(int(pid)):
+            temporary.unlink(missing_ok=True)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process of this machine runs."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def listing(folder: pathlib.Path) -> str:

@@ -1,23 +1,27 @@
 """Writing safetensors leaf by leaf, in any order, with one leaf in memory. Used through `taskvec.io.safetensors`."""
 
 import contextlib
+import glob
 import json
 import os
 import pathlib
 import re
 import shutil
+import threading
 from collections.abc import Mapping
 
 import jax
 import numpy as np
 
-from taskvec.io.safetensors_format import CODES, INDEX, SINGLE, PathLike, some, temporary_name, write_text
+from taskvec.io.safetensors_format import CODES, INDEX, SINGLE, PathLike, remove_stale, some, temporary_name, write_text
 
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 class SafetensorsWriter:
     """Writes tensors in any order, each at its place, so that memory is one tensor and not the model.
+
+    Threads may write at once. What killed runs left under temporary names is removed at the start.
 
     The headers follow from the specs, so every offset is known at the start. Data goes to temporary names; `close` (or
     leaving a ``with`` block without an exception) renames them, so a killed run leaves nothing that looks like a model.
@@ -59,10 +63,16 @@ class SafetensorsWriter:
         self._targets = [path] if single else [self.folder / name for name in names]
         self._index = self.folder / INDEX if count > 1 else None
         self._left = {name: self._bytes(name) for name in self.specs}
+        self._lock = threading.Lock()
         if not single:
             self._refuse_stale()
         headers = [self._header(shard, {"format": "pt", **(metadata or {})}) for shard in shards]
-        self._open(headers, shards)
+        self._open(headers, shards, glob.escape(path.name) if single else "model*")
+
+    @property
+    def names(self) -> list[str]:
+        """The files that `close` makes in the folder."""
+        return [target.name for target in self._targets] + ([INDEX] if self._index else [])
 
     def write(self, name: str, array: np.ndarray, rows: slice | None = None) -> None:
         """Writes a tensor, or a block of its rows (``slice(start, stop)``), at its place.
@@ -78,12 +88,17 @@ class SafetensorsWriter:
         shape = (stop - start, *rest) if spec.shape else ()
         if step != 1 or array.shape != shape or array.dtype != spec.dtype:
             raise ValueError(f"{name} is {array.dtype}{list(array.shape)} but {spec.dtype}{list(shape)} was announced")
-        if array.nbytes > self._left[name]:
-            raise ValueError(f"tensor {name} is written twice")
+        with self._lock:
+            if array.nbytes > self._left[name]:
+                raise ValueError(f"tensor {name} is written twice")
+            self._left[name] -= array.nbytes
         number, offset = self._start[name]
-        self._files[number].seek(offset + start * (self._bytes(name) // max(length, 1)))
-        self._files[number].write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-        self._left[name] -= array.nbytes
+        offset += start * (self._bytes(name) // max(length, 1))
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+        file = self._files[number].fileno()
+        while data:  # one call writes at most 2 GB
+            written = os.pwrite(file, data, offset)
+            data, offset = data[written:], offset + written
 
     def close(self) -> None:
         """Renames the files into place; raises `ValueError` (and leaves nothing) if a tensor was not written."""
@@ -139,8 +154,9 @@ class SafetensorsWriter:
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text
 
-    def _open(self, headers: list[bytes], shards: list[list[str]]) -> None:
+    def _open(self, headers: list[bytes], shards: list[list[str]], pattern: str) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
+        remove_stale(self.folder, pattern)
         need = sum(map(len, headers)) + sum(map(self._bytes, self.specs))
         free = shutil.disk_usage(self.folder).free
         if free < need:
@@ -152,7 +168,7 @@ class SafetensorsWriter:
         self._temporary = [temporary_name(target) for target in self._targets]
         self._stack, self._files = contextlib.ExitStack(), []
         for number, (header, shard) in enumerate(zip(headers, shards, strict=True)):
-            file = self._stack.enter_context(self._temporary[number].open("wb"))
+            file = self._stack.enter_context(self._temporary[number].open("wb", buffering=0))
             self._files.append(file)
             file.write(header)
             at = len(header)

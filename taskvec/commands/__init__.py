@@ -1,0 +1,1 @@
+"""What the command line does: each file one command, without argument parsing."""

@@ -1,0 +1,107 @@
+"""``taskvec_merge.json``: what a merge was made of, from which it can be made again."""
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import threading
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from taskvec._version import __version__
+from taskvec.io.folders import Model
+from taskvec.io.safetensors_format import write_text
+
+NAME = "taskvec_merge.json"
+FORMAT = 1
+
+
+class Hashes:
+    """SHA-256 of files, computed by a thread of low priority while the merge runs."""
+
+    def __init__(self, files: Iterable[pathlib.Path], wanted: bool = True):
+        self._files = sorted({path.resolve() for path in files}) if wanted else []
+        self._found: dict[pathlib.Path, str] = {}
+        self._error: OSError | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def result(self) -> Mapping[pathlib.Path, str]:
+        """Waits; ``{resolved path: hexadecimal digest}``, empty if none were wanted."""
+        self._thread.join()
+        if self._error:
+            raise self._error
+        return self._found
+
+    def _run(self) -> None:
+        if hasattr(os, "setpriority"):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+        try:
+            for path in self._files:
+                with open(path, "rb") as file:
+                    self._found[path] = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            self._error = error
+
+
+def describe(model: Model, hashes: Mapping[pathlib.Path, str] | None = None) -> dict[str, Any]:
+    """A model as it is recorded: how it was named, where it lay, its files with sizes and hashes."""
+    files = []
+    for path in model.files:
+        entry: dict[str, Any] = {"path": str(path.absolute()), "bytes": path.stat().st_size}
+        if hashes and path.resolve() in hashes:
+            entry["sha256"] = hashes[path.resolve()]
+        files.append(entry)
+    return {"ref": model.ref, "pinned": model.pinned, "kind": model.kind, "files": files}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result may depend on."""
+    packages = ("jax", "jaxlib", "numpy", "ml_dtypes")
+    return {"taskvec": __version__, "python": platform.python_version()} | {
+        name: importlib.metadata.version(name) for name in packages
+    }
+
+
+def check_unchanged(record: Mapping[str, Any], label: str, now: Mapping[str, Any]) -> None:
+    """Raises `ValueError` if a model is not the one that was recorded: other files, sizes or (where known) hashes."""
+    before, after = ([_print(file) for file in each["files"]] for each in (record, now))
+    if len(before) != len(after):
+        raise ValueError(f"{label} ({now['pinned']}) has {len(after)} files; the recorded merge had {len(before)}")
+    for then, here in zip(before, after, strict=True):
+        if then[1] != here[1] or (then[2] and here[2] and then[2] != here[2]):
+            raise ValueError(
+                f"{label}: {here[0]} is not the file of the recorded merge ({here[1]} bytes, {then[1]} then"
+                f"{'; the hashes differ' if then[1] == here[1] else ''}), so the merge cannot be repeated exactly"
+            )
+
+
+def _print(file: Mapping[str, Any]) -> tuple[str, int, str | None]:
+    return file["path"], file["bytes"], file.get("sha256")
+
+
+def write(path: pathlib.Path, record: Mapping[str, Any]) -> None:
+    """Writes the record, whole or not at all."""
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    head = {"format": FORMAT, "created": now, "versions": versions()}
+    write_text(path, json.dumps(head | dict(record), indent=2, default=_plain) + "\n")
+
+
+def load(path: pathlib.Path) -> dict[str, Any]:
+    """Reads a record; raises `ValueError` if it is not one."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT or "request" not in record:
+        raise ValueError(f"{path} is no record of a merge (a {NAME} of format {FORMAT})")
+    return record
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, pathlib.Path):
+        return str(value)
+    raise TypeError(f"{value!r} cannot be recorded")
