@@ -11,13 +11,13 @@ of two layouts that mean the same:
 Everything that speaks of a "tensor" or a "layer" means the per-layer tensor, in either layout.
 """
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import traverse_util
 
 Tree = Any
 
@@ -34,7 +34,11 @@ def flatten(tree: Tree) -> dict[str, Any]:
 
 def unflatten(flat: Mapping[str, Any]) -> Tree:
     """Inverse of `flatten` for nested dicts with string keys."""
-    return traverse_util.unflatten_dict(dict(flat), sep="/")
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split("/")
+        functools.reduce(lambda node, key: node.setdefault(key, {}), parents, tree)[name] = leaf
+    return tree
 
 
 def map_with_path(fn: Callable, tree: Tree, *rest: Tree) -> Tree:

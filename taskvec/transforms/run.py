@@ -1,15 +1,18 @@
 """Runs a chain of transforms over the leaves of a model, wherever they come from.
 
-There is one loop, `run`. It asks for passes over the leaves: arrays in memory (also under an enclosing `jax.jit`,
-sharded or not) or tensors read from files one by one. `measured` and `applied` treat one leaf, compiled once for all
-leaves of the same shape; stacked layers go by `jax.vmap`.
+There is one loop, `run`. It makes one pass over the leaves for every measure of the whole model, and one that applies.
+A leaf comes as arrays in memory (also under an enclosing `jax.jit`, sharded or not) or is read from files, a large one
+in blocks of rows. What is compiled is in `programs.py`; what is measured of each tensor alone is computed inside these
+programs or, where the tensor comes in blocks or NumPy counts, before them.
 """
 
-import dataclasses
+import collections
+import concurrent.futures
+import contextlib
 import functools
-import re
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,210 +20,218 @@ import jax.numpy as jnp
 import numpy as np
 
 from taskvec import tree as trees
-from taskvec.transforms.base import Array, Chain, Leaf, ModelInfo, Transform, chain
-
-Tree = Any
-
-
-class LeafPolicy(NamedTuple):
-    """Which leaves take part in a merge.
-
-    Attributes:
-      include: regular expression searched in the per-layer path, or ``path -> bool``; ``None`` takes every
-        floating-point leaf. Leaves left out, and integer leaves, are copied from the pretrained model.
-      count_excluded: whether the entries of floating-point leaves left out count in a density's denominator. The CLIP
-        literature counts 25.6 M frozen text-side entries of a B/32 model.
-    """
-
-    include: str | Callable[[str], bool] | None = None
-    count_excluded: bool = False
-
-    def takes(self, path: str) -> bool:
-        """Whether the tensor at a per-layer path takes part."""
-        if self.include is None:
-            return True
-        return bool(self.include(path) if callable(self.include) else re.search(self.include, path))
+from taskvec.transforms.base import Chain, Leaf, Measure, Transform, chain
+from taskvec.transforms.plan import LeafPolicy, Plan, Tensor, make_leaf, make_plan
+from taskvec.transforms.programs import Stats, applied, measured, of_tensor
+from taskvec.transforms.stored import Stored, decoded
+from taskvec.tree import Tree
 
 
-class Tensor(NamedTuple):
-    """The static description of a leaf: one tensor, or L of them stacked.
+class Where(NamedTuple):
+    """How the leaves can be worked on.
 
     Attributes:
-      stacked: whether the data below have a leading layer axis.
-      depth, path_hash: as in `Leaf`; ``[L]`` for a stacked leaf.
-      holds: predicates of the chain that are true.
+      host: the arrays lie in the memory of a CPU, so that NumPy can count in them.
+      workers: threads, each with one leaf or block.
+      check: whether leaves are searched for NaN and infinity as they come by first.
     """
 
-    stacked: bool
-    depth: np.ndarray
-    path_hash: np.ndarray
-    holds: frozenset
+    host: bool = False
+    workers: int = 1
+    check: bool = False
 
 
-class Plan(NamedTuple):
-    """What a chain will do with a model: the leaves that take part, and the whole model's sizes."""
-
-    tensors: dict[str, Tensor]
-    info: ModelInfo
-
-
-def make_plan(stages: Chain, specs: Mapping[str, Any], num_tasks: int, policy: LeafPolicy = LeafPolicy()) -> Plan:
-    """Describes every leaf that takes part, from shapes and dtypes alone.
-
-    Args:
-      stages: the chain.
-      specs: ``{path: array or ShapeDtypeStruct}`` of the pretrained model.
-      num_tasks: T.
-      policy: which leaves take part.
-
-    Raises:
-      ValueError: no task, no leaf takes part, or the policy takes some layers of a stacked leaf only.
-    """
-    if num_tasks < 1:
-        raise ValueError("a merge needs at least one fine-tuned model")
-    predicates = [p for stage in stages.stages for p in stage.predicates]
-    tensors, size, unseen, blocks = {}, 0, 0, 0
-    _check_specs(specs)
-    for path, spec in specs.items():
-        if not trees.is_float(spec):
-            continue
-        stacked = trees.is_stacked(path)
-        names = [trees.layer_path(path, i) for i in range(spec.shape[0])] if stacked else [path]
-        shape = tuple(spec.shape[1:]) if stacked else tuple(spec.shape)
-        taken = {policy.takes(name) for name in names}
-        if len(taken) > 1:
-            raise ValueError(f"include takes some layers of the stacked leaf {path!r} and not others; unstack it first")
-        blocks = max([blocks, *((trees.depth(name) or 0) + 1 for name in names if trees.depth(name) is not None)])
-        count = int(np.prod(spec.shape))
-        if not taken.pop():
-            unseen += count
-            continue
-        size += count
-        depth = np.array([-1 if trees.depth(n) is None else trees.depth(n) for n in names], np.int32)
-        path_hash = np.array([zlib.crc32(n.encode()) for n in names], np.uint32)
-        holds = frozenset(p for p in predicates if all(p(name, shape) for name in names))
-        tensors[path] = Tensor(stacked, *((depth, path_hash) if stacked else (depth[0], path_hash[0])), holds)
-    if not tensors:
-        some = ", ".join(list(specs)[:5])
-        raise ValueError(f"no floating-point leaf matches include={policy.include!r}; the model has {some}, ...")
-    unseen = unseen if policy.count_excluded else 0
-    return Plan(tensors, ModelInfo(num_tasks, size + unseen, unseen, blocks))
+def where(arrays: Iterable[Any]) -> Where:
+    """Threads and NumPy for arrays on one CPU; neither under a trace, on accelerators or over a mesh."""
+    arrays = list(arrays)
+    if any(isinstance(x, jax.core.Tracer) for x in arrays):
+        return Where()
+    devices = {device for x in arrays if isinstance(x, jax.Array) for device in x.devices()}
+    host = len(devices) <= 1 and all(d.platform == "cpu" for d in devices) and jax.default_backend() == "cpu"
+    return Where(host, min(4, os.cpu_count() or 1) if host else 1, check=True)
 
 
-def _check_specs(specs: Mapping[str, Any]) -> None:
-    """Raises `ValueError` for what cannot be merged: float64 without x64, stacks of different numbers of layers."""
-    wide = [path for path, spec in specs.items() if spec.dtype == np.float64]
-    if wide and not jax.config.jax_enable_x64:
-        raise ValueError(f"{wide[0]} is float64, which jax would cut to float32: cast it, or set jax_enable_x64")
-    stacks: dict[str, dict[str, tuple]] = {}
-    for path, spec in specs.items():
-        if trees.is_stacked(path):
-            stacks.setdefault(path.split(f"{trees.STACK}/")[0], {})[path] = tuple(spec.shape)
-    for shapes in stacks.values():
-        if len({shape[:1] for shape in shapes.values()}) > 1 or () in shapes.values():
-            raise ValueError(
-                f"leaves under a dict named {trees.STACK!r} are taken for stacked layers, but differ in length: "
-                f"{shapes}. Number its children, or give the dict another name"
-            )
+class _Run:
+    """One run of a chain: what is compiled, what is measured so far, and where leaves come from."""
 
+    def __init__(self, transform: Transform | Chain, plan: Plan, leaf_of: Callable, rows_of: Callable, where: Where):
+        given = [stage.constants for stage in chain(transform).stages]
+        # Programs are compiled for the chain without the values of its constants.
+        self.stages = tuple(s._replace(constants=(0.0,) * len(s.constants)) for s in chain(transform).stages)
+        self.shared: Stats = tuple(dict(enumerate(constants)) for constants in given)
+        self.own: dict[str, Stats] = {path: tuple({} for _ in given) for path in plan.tensors}
+        self.plan, self.leaf_of, self.rows_of, self.where = plan, leaf_of, rows_of, where
 
-def make_leaf(tensor: Tensor, info: ModelInfo, theta0: Array, tau: Any, extras: dict, row0: Any = 0) -> Leaf:
-    """Puts arrays and description together.
+    def rounds(self) -> Iterator[tuple[int, int]]:
+        """(stage, measure) of the measures that need the whole model, in order."""
+        for at, stage in enumerate(self.stages):
+            yield from ((at, i) for i, measure in enumerate(stage.measures) if measure.scope == "model")
 
-    Args:
-      tensor, info: from the plan.
-      theta0: pretrained weights.
-      tau: the task vectors of the leaf, or a tuple of its T fine-tuned versions.
-      extras: as in `Leaf`.
-      row0: first row, if this is a part of the tensor.
-    """
-    return Leaf(
-        theta0, tau, extras, tensor.depth, tensor.path_hash, np.full_like(tensor.depth, row0), info, tensor.holds
-    )
+    def finish_round(self, at: int, round_: int, total: Any) -> None:
+        """Finishes a measure of the whole model; it sees the earlier ones of the whole model (others are ``None``)."""
+        found = tuple(self.shared[at].get(i) for i in range(self.position(at, round_)))
+        measure = self.stages[at].measures[round_]
+        self.shared[at][self.position(at, round_)] = measure.finish(total, self.plan.info, found)
 
+    def position(self, at: int, round_: int) -> int:
+        return len(self.stages[at].constants) + round_
 
-def _with_vectors(leaf: Leaf) -> Leaf:
-    """Makes the task vectors of one per-layer tensor, in float32, from its fine-tuned versions."""
-    if not isinstance(leaf.tau, tuple):
-        return leaf
-    base = leaf.theta0.astype(jnp.float32)
-    return dataclasses.replace(leaf, tau=jnp.stack([theta.astype(jnp.float32) - base for theta in leaf.tau]))
+    def by_host(self, measure: Measure) -> bool:
+        return self.where.host and measure.host is not None
 
+    def prepare(self, path: str, upto: tuple[int, int]) -> None:
+        """Takes the tensor's own measures before `upto` that the compiled programs cannot take by themselves."""
+        for at, stage in enumerate(self.stages[: upto[0] + 1]):
+            apart = len(self.rows_of(path)) > 1 or any(self.by_host(m) for m in stage.measures)
+            for round_, measure in enumerate(stage.measures):
+                known = self.position(at, round_) in self.own[path][at]
+                if (at, round_) < upto and measure.scope == "tensor" and apart and not known:
+                    part, _ = self.part(path, at, round_, False)
+                    self.own[path][at][self.position(at, round_)] = self.finish(path, at, round_, part)
 
-def _through(stages: tuple[Transform, ...], stats: tuple, leaf: Leaf) -> Array:
-    x = leaf.tau
-    for stage, stat in zip(stages, stats, strict=True):
-        x = stage.apply(x, leaf, stat)
-    return x
+    def finish(self, path: str, at: int, round_: int, part: Any) -> Any:
+        tensor, measure = self.plan.tensors[path], self.stages[at].measures[round_]
+        info = of_tensor(self.plan.info, tensor.shape)
+        if not tensor.stacked:
+            return measure.finish(part, info, self.earlier(path, at, round_))
+        layers = range(len(tensor.depth))
+        of_layer = lambda i: jax.tree.map(lambda a: a[i], part)
+        done = [measure.finish(of_layer(i), info, self.earlier(path, at, round_, i)) for i in layers]
+        return jax.tree.map(lambda *xs: (np if isinstance(xs[0], np.ndarray) else jnp).stack(xs), *done)
 
+    def earlier(self, path: str, at: int, round_: int, layer: int | None = None) -> tuple:
+        own = self.own[path][at]
+        if layer is not None:
+            own = jax.tree.map(lambda a: a[layer], own)
+        return tuple({**self.shared[at], **own}[i] for i in range(self.position(at, round_)))
 
-def _over_layers(fn: Callable, stacked: bool) -> Callable:
-    return jax.vmap(fn) if stacked else fn
+    def part(self, path: str, at: int, round_: int, check: bool) -> tuple[Any, bool]:
+        """A tensor's part of a measure, over its blocks, and whether the tensor is finite."""
+        measure, total, finite = self.stages[at].measures[round_], None, True
+        for rows in self.rows_of(path):
+            one, probe = self.part_of_block(path, rows, at, round_, check)
+            finite = finite and (not check or bool(jnp.isfinite(probe)))
+            total = one if total is None else jax.tree.map(measure.combine, total, one)
+        return total, finite
 
+    def part_of_block(self, path: str, rows: slice | None, at: int, round_: int, check: bool) -> tuple[Any, Any]:
+        """The part of one block, whose arrays are free when this returns."""
+        take = self.part_on_host if self.by_host(self.stages[at].measures[round_]) else self.part_compiled
+        done = take(path, self.leaf_of(path, rows), at, round_, check)
+        return jax.block_until_ready(done) if self.where.host else done
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 5))
-def measured(stages: tuple[Transform, ...], round_: int, stats: tuple, earlier: tuple, leaf: Leaf, stacked: bool):
-    """One leaf's part of measure number `round_` of the last of `stages`; layers of a stack are combined."""
-    measure = stages[-1].measures[round_]
+    def part_compiled(self, path: str, leaf: Leaf, at: int, round_: int, check: bool) -> tuple[Any, Any]:
+        stacked, own = self.plan.tensors[path].stacked, self.own[path][: at + 1]
+        return measured(self.stages[: at + 1], round_, self.shared[: at + 1], own, leaf, stacked, check)
 
-    def one(leaf: Leaf):
-        leaf = _with_vectors(leaf)
-        return measure.of_leaf(_through(stages[:-1], stats, leaf), leaf, earlier)
-
-    parts = _over_layers(one, stacked)(leaf)
-    if not stacked:
-        return parts
-    fold = lambda a: functools.reduce(measure.combine, [a[i] for i in range(a.shape[0])])
-    return jax.tree.map(fold, parts)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 3, 4))
-def applied(stages: tuple[Transform, ...], stats: tuple, leaf: Leaf, stacked: bool, add: bool) -> Array:
-    """One leaf through the whole chain; with `add` the merged weights, in the dtype of the pretrained ones."""
-
-    def one(leaf: Leaf):
-        leaf = _with_vectors(leaf)
-        x = _through(stages, stats, leaf)
-        if add and x.shape != leaf.theta0.shape:
-            raise ValueError(
-                f"the chain ends with one vector a task (shape {x.shape}, weights {leaf.theta0.shape}): add a "
-                "reduction such as sum_tasks(), mean_tasks() or disjoint_mean(), or get the vectors by "
-                "transform_task_vectors"
-            )
-        return (leaf.theta0.astype(jnp.float32) + x).astype(leaf.theta0.dtype) if add else x
-
-    return _over_layers(one, stacked)(leaf)
+    def part_on_host(self, path: str, leaf: Leaf, at: int, round_: int, check: bool) -> tuple[Any, Any]:
+        measure, stacked = self.stages[at].measures[round_], self.plan.tensors[path].stacked
+        stats = self.shared[:at], self.own[path][:at]
+        x, probe = applied(self.stages[:at], *stats, leaf, stacked, check, False, None, None)
+        x = [np.asarray(x_n) for x_n in x]
+        if not stacked:
+            return measure.host(x, self.earlier(path, at, round_)), probe
+        layers = range(len(x[0]))
+        parts = [measure.host([x_n[i] for x_n in x], self.earlier(path, at, round_, i)) for i in layers]
+        if measure.scope == "tensor":
+            return jax.tree.map(lambda *xs: np.stack(xs), *parts), probe
+        return jax.tree.map(lambda *xs: functools.reduce(measure.combine, xs), *parts), probe
 
 
 def run(
     transform: Transform | Chain,
     plan: Plan,
-    leaves: Callable[[], Iterator[tuple[str, Leaf]]],
-    add: bool = False,
-) -> Iterator[tuple[str, Array]]:
-    """Yields ``(path, x)`` for every leaf: all measuring passes first, then one pass that applies.
+    leaf_of: Callable[[str, slice | None], Leaf],
+    emit: Callable[[str, slice | None, Any], None],
+    *,
+    where: Where = Where(),
+    rows_of: Callable[[str], Sequence[slice | None]] = lambda path: (None,),
+    add: bool = True,
+    dtype: Any = None,
+    task: int | None = None,
+    not_finite: Callable[[str], None] = lambda path: None,
+    on_leaf: Callable[[str], None] = lambda path: None,
+) -> None:
+    """Runs a chain: all measuring passes first, then one pass that applies and emits.
 
     Args:
       transform: a transform or chain.
       plan: from `make_plan`.
-      leaves: a function that starts one pass over the model, yielding ``(path, Leaf)``. It is called once for every
-        round of measuring and once for the result.
-      add: whether to yield merged weights ``theta_0 + x`` instead of vectors.
+      leaf_of: ``(path, rows) -> Leaf``, called from several threads if there are several workers.
+      emit: receives ``(path, rows, result)``, one call at a time.
+      where: see `Where`.
+      rows_of: how a tensor is cut into blocks of rows; ``None`` is the whole tensor.
+      add: whether results are merged weights ``theta_0 + x`` instead of vectors.
+      dtype: of merged weights; that of the pretrained ones if ``None``.
+      task: which task's weights a task-conditioned chain gives; ``None`` for its stored form.
+      not_finite: called when a leaf seems to hold NaN or infinity; should find out and raise.
+      on_leaf: called after each leaf of each pass.
     """
-    given = [stage.constants for stage in chain(transform).stages]
-    stages = tuple(stage._replace(constants=()) for stage in chain(transform).stages)  # what programs are compiled for
-    stats: tuple = ()
-    for at, stage in enumerate(stages):
-        found = given[at]
-        for round_, measure in enumerate(stage.measures):
-            total = None
-            for path, leaf in leaves():
-                part = measured(stages[: at + 1], round_, stats, found, leaf, plan.tensors[path].stacked)
-                total = part if total is None else jax.tree.map(measure.combine, total, part)
-            found += (measure.finish(total, plan.info, found),)
-        stats += (found,)
-    for path, leaf in leaves():
-        yield path, applied(stages, stats, leaf, plan.tensors[path].stacked, add)
+    state, lock = _Run(transform, plan, leaf_of, rows_of, where), threading.Lock()
+    rounds = list(state.rounds())
+    # The largest first, so that threads end together.
+    paths = sorted(plan.tensors, key=lambda path: -_size(plan.tensors[path])) if where.workers > 1 else plan.tensors
+
+    def part(path: str, at: int, round_: int, check: bool):
+        state.prepare(path, (at, round_))
+        total, finite = state.part(path, at, round_, check)
+        if not finite:
+            not_finite(path)
+        return total
+
+    def apply(path: str, check: bool) -> None:
+        state.prepare(path, (len(state.stages), 0))
+        for rows in rows_of(path):
+            apply_to_block(path, rows, check)
+
+    def apply_to_block(path: str, rows: slice | None, check: bool) -> None:
+        flags = (plan.tensors[path].stacked, check, add, dtype, task)
+        x, probe = applied(state.stages, state.shared, state.own[path], leaf_of(path, rows), *flags)
+        if check and not bool(jnp.isfinite(probe)):
+            not_finite(path)
+        x = jax.block_until_ready(x) if where.host else x
+        with lock:
+            emit(path, rows, x)
+
+    with _pool(where.workers) as pool:
+        for number, (at, round_) in enumerate(rounds):
+            total, combine = None, state.stages[at].measures[round_].combine
+            of_leaf = functools.partial(part, at=at, round_=round_, check=where.check and number == 0)
+            for path, one in _in_order(pool, of_leaf, paths, where.workers):
+                total = one if total is None else jax.tree.map(combine, total, one)
+                on_leaf(path)
+            state.finish_round(at, round_, total)
+        of_leaf = functools.partial(apply, check=where.check and not rounds)
+        for path, _ in _in_order(pool, of_leaf, paths, where.workers):
+            on_leaf(path)
+
+
+def _size(tensor: Tensor) -> int:
+    return int(np.prod(tensor.shape)) * tensor.depth.size
+
+
+def _pool(workers: int) -> Any:
+    return concurrent.futures.ThreadPoolExecutor(workers) if workers > 1 else contextlib.nullcontext()
+
+
+def _in_order(pool: Any, fn: Callable, items: Iterable[str], workers: int) -> Iterator[tuple[str, Any]]:
+    """``(item, fn(item))`` in order, some items ahead in the threads of a pool if there is one."""
+    if pool is None:
+        yield from ((item, fn(item)) for item in items)
+        return
+    ahead: collections.deque = collections.deque()
+    try:
+        for item in items:
+            ahead.append((item, pool.submit(fn, item)))
+            if len(ahead) > 2 * workers:
+                first, future = ahead.popleft()
+                yield first, future.result()
+        while ahead:
+            first, future = ahead.popleft()
+            yield first, future.result()
+    finally:
+        for _, future in ahead:
+            future.cancel()
 
 
 def transform_task_vectors(
@@ -238,10 +249,12 @@ def transform_task_vectors(
       theta0: pretrained parameters.
       tau: `vectors.task_vectors`: leaves ``[T, ...]``, stacked leaves ``[L, T, ...]``.
       policy: which leaves take part; the others are zero in the result.
-      extras: further trees of the shape of `theta0`'s structure that the method asks for, by name.
+      extras: further trees in the structure of `theta0` that the method asks for, by name: leaves ``[T, ...]``
+        (``[L, T, ...]`` where stacked), only where there is something.
 
     Returns:
-      The transformed vectors: with the task axis if the chain keeps it, without if it reduces it.
+      The transformed vectors: with the task axis if the chain keeps it, without if it reduces it. A task-conditioned
+      chain gives its vectors decoded, one a task.
     """
     flat0, flat_tau = trees.flatten(theta0), trees.flatten(tau)
     flat_extras = {name: trees.flatten(extra) for name, extra in (extras or {}).items()}
@@ -249,12 +262,20 @@ def transform_task_vectors(
     num_tasks = flat_tau[first].shape[1 if trees.is_stacked(first) else 0]
     plan = make_plan(chain(transform), flat0, num_tasks, policy)
 
-    def leaves():
-        for path, tensor in plan.tensors.items():
-            extra = {name: flat[path] for name, flat in flat_extras.items() if path in flat}
-            yield path, make_leaf(tensor, plan.info, flat0[path], flat_tau[path], extra)
+    def leaf_of(path: str, rows: slice | None) -> Leaf:
+        extra = {name: flat[path] for name, flat in flat_extras.items() if path in flat}
+        return make_leaf(plan.tensors[path], plan.info, flat0[path], flat_tau[path], extra)
 
-    out = dict(run(transform, plan, leaves))
+    out: dict[str, Any] = {}
+
+    def keep(path: str, rows: slice | None, x: Any) -> None:
+        stacked = plan.tensors[path].stacked
+        if isinstance(x, Stored):
+            x = tuple(decoded(x, task, stacked) for task in range(num_tasks))
+        out[path] = jnp.stack(x, 1 if stacked else 0) if isinstance(x, tuple) else x
+
+    place = where([*flat0.values(), *flat_tau.values()])._replace(check=False)
+    run(transform, plan, leaf_of, keep, where=place, add=False)
     reduced = all(x.shape == flat0[path].shape for path, x in out.items())
     blank = flat0 if reduced else flat_tau
     return trees.unflatten({path: out.get(path, jnp.zeros_like(blank[path], jnp.float32)) for path in flat0})

@@ -1,0 +1,254 @@
+"""Merging models that stand on disk, in bounded memory: the same definitions as `merge`, leaf by leaf.
+
+Elementwise and row-wise methods take large tensors in blocks of rows; methods that need a whole matrix say how much
+memory that takes before they start.
+"""
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from taskvec import tree as trees, vectors
+from taskvec.merging.api import Which, resolve
+from taskvec.transforms import Chain, LeafPolicy
+from taskvec.transforms.base import Leaf
+from taskvec.transforms.plan import Plan, make_leaf, make_plan
+from taskvec.transforms.programs import applied
+from taskvec.transforms.run import Where, run
+from taskvec.transforms.stored import Stored
+
+COPY = 1 << 24  # bytes of a tensor that takes no part, copied at once
+
+
+class Reader(Protocol):
+    """Where a model's tensors come from; `taskvec.io.safetensors.SafetensorsReader` is one."""
+
+    specs: Mapping[str, Any]
+
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        """One tensor, or some of its rows; called from several threads."""
+
+
+class Streaming(NamedTuple):
+    """What a streamed merge will do; everything here is known before a tensor is read.
+
+    Attributes:
+      transform, plan: the chain, and the tensors that take part.
+      copied: names of the tensors that are copied from the pretrained model.
+      passes: how often every tensor that takes part is read.
+      read_bytes, write_bytes: in all passes together.
+      rows: ``{name: rows of a block}`` of the tensors that are cut.
+      workers: threads.
+      peak_bytes: predicted memory of the blocks in flight.
+      largest: name of the tensor whose block is largest.
+    """
+
+    transform: Chain
+    plan: Plan
+    copied: tuple[str, ...]
+    passes: int
+    read_bytes: int
+    write_bytes: int
+    rows: dict[str, int]
+    workers: int
+    peak_bytes: int
+    largest: str
+
+
+def plan_streamed(
+    method: Which,
+    pretrained: Reader | None,
+    finetuned: Sequence[Reader],
+    *,
+    policy: LeafPolicy = LeafPolicy(),
+    extras: Mapping[str, Sequence[Reader]] | None = None,
+    memory: int = 1 << 30,
+    dtype: Any = None,
+    **settings: Any,
+) -> Streaming:
+    """Checks everything that can be checked without reading a tensor; arguments as `merge_streamed`.
+
+    Raises:
+      ValueError: what `merge` raises, or `memory` is too small for a method that needs whole tensors.
+    """
+    transform = resolve(method, settings, len(finetuned), pretrained is not None, extras or {})
+    if not finetuned:
+        raise ValueError("a merge needs at least one fine-tuned model")
+    specs = dict((pretrained or finetuned[0]).specs)
+    for i, reader in enumerate(finetuned):
+        vectors.check_same_model(specs, dict(reader.specs), f"fine-tuned model {i}")
+    plan = make_plan(transform, specs, len(finetuned), policy)
+    inputs = [model for model in (pretrained, *finetuned) if model is not None]
+    entry = sum(max(r.specs[p].dtype.itemsize for p in plan.tensors) for r in inputs)
+    entry += 4 * (2 * len(finetuned) + 4) + 4 * len(extras or {}) * len(finetuned)
+    sizes = {path: math.prod(tensor.shape) for path, tensor in plan.tensors.items()}
+    workers = min(4, os.cpu_count() or 1)
+    rows: dict[str, int] = {}
+    if all(stage.by_rows for stage in transform.stages):
+        budget = memory // workers // entry  # entries of a block
+        for path, tensor in plan.tensors.items():
+            if sizes[path] > budget and len(tensor.shape) > 1:
+                rows[path] = max(1, budget // math.prod(tensor.shape[1:]))
+        block = {p: rows[p] * math.prod(plan.tensors[p].shape[1:]) if p in rows else n for p, n in sizes.items()}
+        largest = max(block, key=block.__getitem__)
+        need = block[largest] * entry
+    else:
+        largest = max(sizes, key=sizes.__getitem__)
+        matrices = [p for p in sizes if len(plan.tensors[p].shape) > 1]
+        need = max(sizes[largest] * entry, *(_workspace(transform, plan, specs, p) for p in _shapes(plan, matrices)), 0)
+    if need > memory:
+        reason = "which this method needs whole" if not rows else "even a single row of it"
+        raise ValueError(
+            f"{largest} takes {need / 2**20:,.0f} MiB for {len(finetuned)} models, {reason}, and memory is "
+            f"{memory / 2**20:,.0f} MiB: allow more, or leave the tensor out by the policy's include"
+        )
+    workers = max(1, min(workers, memory // max(need, 1)))
+    passes = 1 + sum(measure.scope == "model" for stage in transform.stages for measure in stage.measures)
+    copied = tuple(sorted(specs.keys() - plan.tensors.keys()))
+    read = passes * sum(reader.specs[p].dtype.itemsize * n for reader in inputs for p, n in sizes.items())
+    out = output_specs(specs, dtype)
+    written = sum(math.prod(s.shape) * s.dtype.itemsize for s in out.values())
+    read += sum(math.prod(specs[p].shape) * specs[p].dtype.itemsize for p in copied)
+    return Streaming(transform, plan, copied, passes, read, written, rows, workers, workers * need, largest)
+
+
+def output_specs(specs: Mapping[str, Any], dtype: Any = None) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of the merged model: floating-point tensors in `dtype` if it is given."""
+    return {
+        name: jax.ShapeDtypeStruct(spec.shape, np.dtype(dtype) if dtype and trees.is_float(spec) else spec.dtype)
+        for name, spec in specs.items()
+    }
+
+
+def merge_streamed(
+    method: Which,
+    pretrained: Reader | None,
+    finetuned: Sequence[Reader],
+    write: Callable[[str, np.ndarray, slice | None], None],
+    *,
+    policy: LeafPolicy = LeafPolicy(),
+    extras: Mapping[str, Sequence[Reader]] | None = None,
+    memory: int = 1 << 30,
+    dtype: Any = None,
+    task: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+    **settings: Any,
+) -> None:
+    """Merges models tensor by tensor: the same definition as `merge`, in bounded memory.
+
+    Every measure of the whole model and the final application read each model once.
+
+    Args:
+      method: as for `merge`.
+      pretrained, finetuned: readers; names, shapes and dtypes are compared before any tensor is read.
+      write: receives every tensor of the merged model once, or in blocks of rows; one call at a time.
+      policy: which tensors take part.
+      extras: T readers for each extra that the method asks for.
+      memory: bytes for the blocks in flight.
+      dtype: of the merged floating-point tensors; those of the pretrained model if ``None``.
+      task: which task's model to write, for task-conditioned methods.
+      on_progress: called with (bytes done, bytes in all passes together).
+      **settings: of the method.
+
+    Raises:
+      ValueError: as `plan_streamed`, or a tensor holds NaN or infinity (names the file and the tensor).
+    """
+    todo = plan_streamed(
+        method, pretrained, finetuned, policy=policy, extras=extras, memory=memory, dtype=dtype, **settings
+    )
+    specs = dict((pretrained or finetuned[0]).specs)
+    out = output_specs(specs, dtype)
+    plan, done = todo.plan, 0
+    inputs = [reader for reader in (pretrained, *finetuned) if reader is not None]
+
+    def advance(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if on_progress:
+            on_progress(done, todo.read_bytes)
+
+    def rows_of(path: str) -> list[slice | None]:
+        if path not in todo.rows:
+            return [None]
+        length, step = plan.tensors[path].shape[0], todo.rows[path]
+        return [slice(at, min(at + step, length)) for at in range(0, length, step)]
+
+    def leaf_of(path: str, rows: slice | None) -> Leaf:
+        experts = tuple(jnp.asarray(reader.read(path, rows)) for reader in finetuned)
+        theta0 = jnp.zeros_like(experts[0]) if pretrained is None else jnp.asarray(pretrained.read(path, rows))
+        extra = {
+            name: jnp.stack([jnp.asarray(reader.read(path, rows)) for reader in readers])
+            for name, readers in (extras or {}).items()
+            if path in readers[0].specs
+        }
+        return make_leaf(plan.tensors[path], plan.info, theta0, experts, extra, rows.start if rows else 0)
+
+    def emit(path: str, rows: slice | None, x: Any) -> None:
+        if isinstance(x, Stored):
+            raise ValueError("this method gives one model a task: name the task whose model to write")
+        write(path, np.asarray(x), rows)
+
+    def not_finite(path: str) -> None:
+        for number, reader in enumerate(inputs):
+            name = "the pretrained model" if pretrained is not None and number == 0 else "a fine-tuned model"
+            for rows in rows_of(path):
+                block = np.asarray(reader.read(path, rows), np.float32)
+                if not np.isfinite(block).all():
+                    source = getattr(reader, "path_of", lambda path, name=name: name)(path)
+                    raise ValueError(f"{source}: tensor {path} holds NaN or infinity")
+
+    count = lambda path: sum(_bytes(reader.specs[path]) for reader in inputs)
+    run(
+        todo.transform,
+        plan,
+        leaf_of,
+        emit,
+        where=Where(jax.default_backend() == "cpu", todo.workers, check=True),
+        rows_of=rows_of,
+        dtype=None if dtype is None else np.dtype(dtype),
+        task=task,
+        not_finite=not_finite,
+        on_leaf=lambda path: advance(count(path)),
+    )
+    for path in todo.copied:
+        _copy(pretrained or finetuned[0], path, out[path], write)
+        advance(_bytes(specs[path]))
+
+
+def _copy(reader: Reader, path: str, spec: Any, write: Callable) -> None:
+    if len(spec.shape) < 2:
+        write(path, np.asarray(reader.read(path), spec.dtype), None)
+        return
+    step = max(1, COPY // max(1, math.prod(spec.shape[1:]) * spec.dtype.itemsize))
+    for at in range(0, spec.shape[0], step):
+        rows = slice(at, min(at + step, spec.shape[0]))
+        write(path, np.asarray(reader.read(path, rows), spec.dtype), rows)
+
+
+def _bytes(spec: Any) -> int:
+    return math.prod(spec.shape) * spec.dtype.itemsize
+
+
+def _shapes(plan: Plan, paths: Sequence[str]) -> list[str]:
+    """One path of each shape among the largest tensors."""
+    one = {plan.tensors[path].shape: path for path in paths}
+    return sorted(one.values(), key=lambda path: -math.prod(plan.tensors[path].shape))[:3]
+
+
+def _workspace(transform: Chain, plan: Plan, specs: Mapping[str, Any], path: str) -> int:
+    """Memory that XLA plans for one tensor: arguments, result and everything between."""
+    spec = jax.ShapeDtypeStruct(specs[path].shape, specs[path].dtype)
+    leaf = make_leaf(plan.tensors[path], plan.info, spec, (spec,) * plan.info.num_tasks, {})
+    nothing = tuple({} for _ in transform.stages)
+    if any(m.scope == "model" for stage in transform.stages for m in stage.measures):
+        return 0
+    constants = tuple(dict(enumerate(stage.constants)) for stage in transform.stages)
+    stages = tuple(s._replace(constants=(0.0,) * len(s.constants)) for s in transform.stages)
+    lowered = applied.lower(stages, constants, nothing, leaf, False, True, True, None, 0)
+    memory = lowered.compile().memory_analysis()
+    return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
