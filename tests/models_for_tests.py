@@ -37,3 +37,17 @@ def random_models(seed: int, tasks: int, tau_size: float = 0.05) -> tuple[dict, 
         return jax.tree.map(jnp.add, pretrained, tau)
 
     return pretrained, [finetune() for _ in range(tasks)]
+
+
+def small(params: dict) -> dict:
+    """The part with a stacked matrix, a stacked vector, a large table and an integer: three shapes to compile."""
+    return {
+        "blocks": {"attention": params["blocks"]["attention"]},
+        **{k: params[k] for k in ("embeddings", "position_ids")},
+    }
+
+
+def small_models(seed: int, tasks: int, tau_size: float = 0.05) -> tuple[dict, list[dict]]:
+    """`random_models` of fewer tensors, for checks whose compilation takes long."""
+    pretrained, finetuned = random_models(seed, tasks, tau_size)
+    return small(pretrained), [small(params) for params in finetuned]

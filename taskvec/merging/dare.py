@@ -8,6 +8,7 @@ _CARD = {
     "title": "Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free Lunch",
     "arxiv": "2311.03099",
     "year": 2023,
+    "ordered": True,
 }
 
 

@@ -4,13 +4,14 @@ import dataclasses
 import difflib
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from taskvec.transforms import Chain, Transform, chain
 
 DATA = ("none", "unlabelled test", "unlabelled train", "few labelled")
 RESULTS = ("static", "task-conditioned", "input-conditioned")
+BASES = ("required", "optional")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +22,9 @@ class Card:
       title, arxiv, year: the paper.
       summary: one line.
       data: one of `DATA`.
+      base: ``required``, or ``optional`` for methods that can work on raw weights, without a pretrained model.
+      tasks: how many fine-tuned models it takes, at least and at most (``None``: any number).
+      ordered: whether the order of the models matters: they play different parts, or draw different random numbers.
       extras: trees needed besides weights, e.g. ``("gram",)``.
       result: one of `RESULTS`.
       heads_trained: whether classification heads are trained.
@@ -36,10 +40,26 @@ class Card:
     result: str = "static"
     heads_trained: bool = False
     released_code: str = ""
+    base: str = "required"
+    tasks: tuple[int, int | None] = (1, None)
+    ordered: bool = False
+
+    def check(self, name: str, num_tasks: int, has_base: bool, extras: Collection[str]) -> None:
+        """Raises `ValueError` if a merge by this method cannot be with these inputs."""
+        low, high = self.tasks
+        if not low <= num_tasks <= (high or num_tasks):
+            allowed = f"{low} or more" if high is None else str(low) if low == high else f"{low} to {high}"
+            raise ValueError(f"{name} takes {allowed} fine-tuned models, got {num_tasks}")
+        if not has_base and self.base == "required":
+            raise ValueError(f"{name} needs the pretrained model that the others were fine-tuned from")
+        missing = [each for each in self.extras if each not in extras]
+        if missing:
+            raise ValueError(f"{name} needs extras {missing}: trees computed from data, see its card")
 
     def __post_init__(self):
-        if self.data not in DATA or self.result not in RESULTS:
-            raise ValueError(f"card of {self.title!r}: data must be one of {DATA}, result one of {RESULTS}")
+        for value, allowed in ((self.data, DATA), (self.result, RESULTS), (self.base, BASES)):
+            if value not in allowed:
+                raise ValueError(f"card of {self.title!r}: {value!r} is none of {', '.join(allowed)}")
 
 
 @dataclasses.dataclass(frozen=True)

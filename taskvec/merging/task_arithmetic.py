@@ -20,7 +20,10 @@ def task_negation(scale: float = 1.0) -> Chain:
     return chain(sum_tasks(), scale_by(-scale))
 
 
-@method("task_analogy", Card(**_PAPER, summary='three models a, b, c: "a is to b as c is to the result"'))
+@method(
+    "task_analogy",
+    Card(**_PAPER, summary='three models a, b, c: "a is to b as c is to the result"', tasks=(3, 3), ordered=True),
+)
 def task_analogy(scale: float = 1.0) -> Chain:
     """``theta = theta_0 + scale (tau_c + tau_b - tau_a)`` for fine-tuned models given in the order a, b, c."""
     return chain(sum_tasks((-1.0, 1.0, 1.0)), scale_by(scale))

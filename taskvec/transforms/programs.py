@@ -18,7 +18,7 @@ from taskvec.transforms.reduce import UNROLL
 from taskvec.transforms.stored import Stored
 from taskvec.transforms.unroll import Tasks, stacked as stack_tasks, unrolled
 
-# What has been measured, `shared` by all tensors or a tensor's `own`: ``{position in its stats: value}`` of every stage.
+# What has been measured, `shared` by all tensors or a tensor's `own`: of every stage ``{position: value}``.
 Stats = tuple[dict[int, Any], ...]
 
 

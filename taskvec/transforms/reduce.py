@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from taskvec.transforms.base import Array, Leaf, Transform
+from taskvec.transforms.stored import Dense
 
 UNROLL = 32  # tasks; see `weighted_sum`
 
@@ -21,16 +22,44 @@ def weighted_sum(weights: Array, x: Array) -> Array:
     return jax.lax.scan(lambda acc, wx: (acc + wx[0] * wx[1], None), start, (jnp.asarray(weights), x))[0]
 
 
-@functools.cache
+def weigh(weights: tuple[float, ...]) -> Transform:
+    """``w_t x_t``: one weight a task; negative ones forget."""
+    return Transform("weigh", _weighed, constants=tuple(weights))
+
+
+def _weighed(x: Array, leaf: Leaf, stats: tuple) -> Array:
+    check_weights(stats, x)
+    return jnp.stack([stats[t] * x[t] for t in range(x.shape[0])])
+
+
 def sum_tasks(weights: tuple[float, ...] | None = None) -> Transform:
     """``sum_t w_t x_t``, w = 1 if not given (task arithmetic, arXiv 2212.04089)."""
+    return (
+        Transform("sum_tasks", _summed)
+        if weights is None
+        else Transform("sum_tasks", _combined, constants=tuple(weights))
+    )
 
-    def apply(x: Array, leaf: Leaf, stats: tuple) -> Array:
-        if weights is not None and len(weights) != x.shape[0]:
-            raise ValueError(f"{len(weights)} weights for {x.shape[0]} task vectors: give one weight a task")
-        return weighted_sum([1.0] * x.shape[0] if weights is None else weights, x)
 
-    return Transform("sum_tasks", apply)
+def _summed(x: Array, leaf: Leaf, stats: tuple) -> Array:
+    return weighted_sum([1.0] * x.shape[0], x)
+
+
+def _combined(x: Array, leaf: Leaf, stats: tuple) -> Array:
+    check_weights(stats, x)
+    return weighted_sum(stats if x.shape[0] <= UNROLL else jnp.stack(stats), x)
+
+
+def check_weights(weights: tuple, x: Array) -> None:
+    """Raises `ValueError` unless there is one weight a task."""
+    if len(weights) != x.shape[0]:
+        raise ValueError(f"{len(weights)} weights for {x.shape[0]} task vectors: give one weight a task")
+
+
+@functools.cache
+def keep_tasks() -> Transform:
+    """Ends a chain without a reduction: one model a task (a task-conditioned result, nothing compressed)."""
+    return Transform("keep_tasks", lambda x, leaf, stats: Dense(x))
 
 
 @functools.cache

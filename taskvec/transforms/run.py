@@ -21,6 +21,8 @@ import numpy as np
 
 from taskvec import tree as trees
 from taskvec.transforms.base import Chain, Leaf, Measure, Transform, chain
+from taskvec.transforms.lapack import one_lapack_thread
+from taskvec.transforms.order import Difference
 from taskvec.transforms.plan import LeafPolicy, Plan, Tensor, make_leaf, make_plan
 from taskvec.transforms.programs import Stats, applied, measured, of_tensor
 from taskvec.transforms.stored import Stored, decoded
@@ -126,12 +128,17 @@ class _Run:
 
     def part_on_host(self, path: str, leaf: Leaf, at: int, round_: int, check: bool) -> tuple[Any, Any]:
         measure, stacked = self.stages[at].measures[round_], self.plan.tensors[path].stacked
-        stats = self.shared[:at], self.own[path][:at]
-        x, probe = applied(self.stages[:at], *stats, leaf, stacked, check, False, None, None)
-        x = [np.asarray(x_n) for x_n in x]
+        if at == 0 and isinstance(leaf.tau, tuple):
+            base = np.asarray(leaf.theta0)
+            x = [Difference(np.asarray(theta), base) for theta in leaf.tau]
+            probe = sum(_squares(each) for each in (base, *leaf.tau)) if check else 0.0
+        else:
+            stats = self.shared[:at], self.own[path][:at]
+            x, probe = applied(self.stages[:at], *stats, leaf, stacked, check, False, None, None)
+            x = [np.asarray(x_n) for x_n in x]
         if not stacked:
             return measure.host(x, self.earlier(path, at, round_)), probe
-        layers = range(len(x[0]))
+        layers = range(len(leaf.theta0))
         parts = [measure.host([x_n[i] for x_n in x], self.earlier(path, at, round_, i)) for i in layers]
         if measure.scope == "tensor":
             return jax.tree.map(lambda *xs: np.stack(xs), *parts), probe
@@ -193,7 +200,7 @@ def run(
         with lock:
             emit(path, rows, x)
 
-    with _pool(where.workers) as pool:
+    with _pool(where.workers) as pool, one_lapack_thread() if pool else contextlib.nullcontext():
         for number, (at, round_) in enumerate(rounds):
             total, combine = None, state.stages[at].measures[round_].combine
             of_leaf = functools.partial(part, at=at, round_=round_, check=where.check and number == 0)
@@ -204,6 +211,12 @@ def run(
         of_leaf = functools.partial(apply, check=where.check and not rounds)
         for path, _ in _in_order(pool, of_leaf, paths, where.workers):
             on_leaf(path)
+
+
+def _squares(x: Any) -> float:
+    """Finite if, and but for overflow only if, all entries are."""
+    flat = np.asarray(x).reshape(-1)
+    return float(np.vdot(flat, flat)) if flat.dtype == np.float32 else float(np.isfinite(flat).all() or np.nan)
 
 
 def _size(tensor: Tensor) -> int:

@@ -1,9 +1,12 @@
-"""Transforms that scale a vector: by a constant, or by depth."""
+"""Transforms that scale a vector: by a constant, by depth, back to a length that it had."""
+
+import functools
 
 import jax.numpy as jnp
 
-from taskvec.transforms.base import Array, Leaf, Measure, ModelInfo, Transform
+from taskvec.transforms.base import Array, Leaf, Measure, ModelInfo, Transform, check_choice
 from taskvec.transforms.reduce import weighted_sum
+from taskvec.transforms.sparsify import SCOPES, by_task
 
 
 def scale(factor: float) -> Transform:
@@ -47,8 +50,7 @@ def _scaled_by_depth(x: Array, leaf: Leaf, stats: tuple) -> Array:
 def _l1_norms(x: Array, leaf: Leaf, stats: tuple) -> Array:
     if x.shape != leaf.theta0.shape:
         raise ValueError("alpha='norm_ratio' scales a merged vector: put sum_tasks() or another reduction before it")
-    total = weighted_sum([1.0] * leaf.tau.shape[0], leaf.tau)
-    return jnp.stack([jnp.abs(total).sum(), jnp.abs(x).sum()])
+    return jnp.stack([jnp.abs(_plain_sum(leaf)).sum(), jnp.abs(x).sum()])
 
 
 def _ratio(norms: Array, info: ModelInfo, stats: tuple) -> Array:
@@ -56,3 +58,35 @@ def _ratio(norms: Array, info: ModelInfo, stats: tuple) -> Array:
 
 
 _NORM_RATIO = Measure(_l1_norms, _ratio)
+
+
+@functools.cache
+def restore_norm(norm: str = "l1", scope: str = "tensor") -> Transform:
+    """Scales vectors back to the length they had before: what trimming and dropping shorten.
+
+    Task vectors get the norm of the tau_t they were made of; a merged vector gets that of ``sum_t tau_t``.
+
+    Args:
+      norm: ``l1`` or ``l2``.
+      scope: ``tensor`` restores every tensor, ``model`` the whole vector by one factor.
+    """
+    check_choice("norm", norm, ("l1", "l2"))
+    check_choice("scope", scope, SCOPES)
+
+    def sizes(x: Array, leaf: Leaf, stats: tuple) -> Array:
+        before, after = (leaf.tau, x) if x.shape == leaf.tau.shape else (_plain_sum(leaf)[None], x[None])
+        size = lambda rows: jnp.stack([(jnp.abs(r) if norm == "l1" else r * r).sum() for r in rows])
+        return jnp.stack([size(before), size(after)])
+
+    def factor(total: Array, info: ModelInfo, stats: tuple) -> Array:
+        ratio = jnp.where(total[1] > 0, total[0] / jnp.where(total[1] > 0, total[1], 1.0), 1.0)
+        return ratio if norm == "l1" else jnp.sqrt(ratio)
+
+    def apply(x: Array, leaf: Leaf, stats: tuple) -> Array:
+        return x * (by_task(stats[0], x) if x.shape == leaf.tau.shape else stats[0][0])
+
+    return Transform("restore_norm", apply, (Measure(sizes, factor, scope=scope),))
+
+
+def _plain_sum(leaf: Leaf) -> Array:
+    return weighted_sum([1.0] * leaf.tau.shape[0], leaf.tau)

@@ -52,7 +52,7 @@ def rest(x: Array, others: str) -> Array:
 
 def minimise(gradient: Callable[[Array], Array], start: Array, steps: int, learning_rate: float) -> Array:
     """`steps` steps of Adam (the usual 0.9, 0.999, 1e-8)."""
-    import optax  # here, for it takes as long to import as a small merge  # noqa: PLC0415
+    import optax  # here, for it takes as long to import as a small merge
 
     adam = optax.adam(learning_rate)
 

@@ -12,7 +12,7 @@ import taskvec as tv
 from taskvec import tree as trees
 from taskvec.merging import Method, PerTask, merge_streamed, plan_streamed
 from tests.merging import oracles
-from tests.models_for_tests import LAYERS, random_models
+from tests.models_for_tests import LAYERS, random_models, small_models
 
 
 def number_of_tasks(method: Method, wanted: int) -> int:
@@ -21,12 +21,12 @@ def number_of_tasks(method: Method, wanted: int) -> int:
     return max(low, min(wanted, high or wanted))
 
 
-def merge(method: Method, pretrained, finetuned, **settings):
-    """The merged params; for a task-conditioned method those of the last task."""
+def merge(method: Method, pretrained, finetuned, task: int = -1, **settings):
+    """The merged params; for a task-conditioned method those of a task, by default the last."""
     oracle = oracles.of(method.name)
     extras = oracle.extras(pretrained, finetuned) if oracle.extras else None
     result = tv.merge(method, pretrained, finetuned, extras=extras, **settings)
-    return result.params(len(finetuned) - 1) if isinstance(result, PerTask) else result
+    return result.params(task % len(finetuned)) if isinstance(result, PerTask) else result
 
 
 def assert_close(a, b, atol=2e-6):
@@ -40,18 +40,9 @@ def assert_close(a, b, atol=2e-6):
         )
 
 
-def keeps_names_shapes_and_dtypes(method: Method) -> None:
-    pretrained, finetuned = random_models(0, number_of_tasks(method, 3))
-    to_bf16 = lambda p: jax.tree.map(lambda x: x.astype(jnp.bfloat16) if trees.is_float(x) else x, p)
-    merged = merge(method, to_bf16(pretrained), [to_bf16(f) for f in finetuned])
-    for path, x in trees.flatten(merged).items():
-        assert x.dtype == (jnp.int32 if path == "position_ids" else jnp.bfloat16)
-        assert x.shape == trees.flatten(pretrained)[path].shape
-
-
 def bf16_is_close_to_fp32(method: Method) -> None:
-    """Differences are taken in float32: the only loss is rounding of inputs and output, 2^-8 relative."""
-    pretrained, finetuned = random_models(0, number_of_tasks(method, 3), tau_size=1.0)
+    """Names, shapes and dtypes stay; differences are taken in float32, so the only loss is rounding, 2^-8 relative."""
+    pretrained, finetuned = small_models(0, number_of_tasks(method, 3), tau_size=1.0)
     to_bf16 = lambda p: jax.tree.map(lambda x: x.astype(jnp.bfloat16) if trees.is_float(x) else x, p)
     to_fp32 = lambda p: jax.tree.map(lambda x: x.astype(jnp.float32) if trees.is_float(x) else x, p)
     low = [to_bf16(p) for p in [pretrained, *finetuned]]
@@ -71,7 +62,7 @@ def one_task_gives_expert(method: Method) -> None:
     settings = oracles.of(method.name).expert
     if settings is None or method.card.tasks[0] > 1:
         return
-    pretrained, finetuned = random_models(2, 1)
+    pretrained, finetuned = small_models(2, 1)
     assert_close(merge(method, pretrained, finetuned, **settings), finetuned[0], atol=1e-5)
 
 
@@ -84,11 +75,12 @@ def order_of_tasks_does_not_matter(method: Method) -> None:
     if method.card.ordered:
         return
     pretrained, finetuned = random_models(4, number_of_tasks(method, 3))
-    assert_close(merge(method, pretrained, finetuned), merge(method, pretrained, finetuned[::-1]), atol=1e-5)
+    backwards = merge(method, pretrained, finetuned[::-1], task=0)
+    assert_close(merge(method, pretrained, finetuned), backwards, atol=1e-5)
 
 
 def twenty_tasks_work(method: Method) -> None:
-    pretrained, finetuned = random_models(5, number_of_tasks(method, 20))
+    pretrained, finetuned = small_models(5, number_of_tasks(method, 20))
     assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(merge(method, pretrained, finetuned)))
 
 
@@ -99,7 +91,7 @@ def stacked_layers_equal_single_ones(method: Method) -> None:
 
 
 def eager_and_jitted_runs_agree(method: Method) -> None:
-    pretrained, finetuned = random_models(7, number_of_tasks(method, 3))
+    pretrained, finetuned = small_models(7, number_of_tasks(method, 3))
     tau = tv.task_vectors(pretrained, finetuned)
     oracle = oracles.of(method.name)
     extras = oracle.extras(pretrained, finetuned) if oracle.extras else None
@@ -109,7 +101,7 @@ def eager_and_jitted_runs_agree(method: Method) -> None:
 
 def sharded_equals_unsharded(method: Method) -> None:
     """Parameters cut over 8 devices along their last axis where it divides; the task axis is never cut."""
-    pretrained, finetuned = random_models(8, number_of_tasks(method, 3))
+    pretrained, finetuned = small_models(8, number_of_tasks(method, 3))
     auto = (jax.sharding.AxisType.Auto,)
     mesh = jax.make_mesh((8,), ("model",), axis_types=auto, devices=jax.devices()[:8])
 
@@ -136,7 +128,7 @@ def streamed_equals_in_memory(method: Method, folder) -> None:
     extras = oracle.extras(models[0], models[1:]) if oracle.extras else {}
     settings = {"extras": {name: _by_task(tree, len(finetuned)) for name, tree in extras.items()}}
     if all(stage.by_rows for stage in chained.stages):
-        settings["memory"] = 30_000  # too little for the larger tensors: they go by rows
+        settings["memory"] = 8_000 * len(finetuned)  # too little for the larger tensors: they go by rows
         assert plan_streamed(method, readers[0], readers[1:], **settings).rows
     if method.card.result == "task-conditioned":
         settings["task"] = len(finetuned) - 1
@@ -167,7 +159,6 @@ def has_a_true_card(method: Method) -> None:
 
 
 CHECKS = (
-    keeps_names_shapes_and_dtypes,
     bf16_is_close_to_fp32,
     zero_scale_gives_pretrained,
     one_task_gives_expert,

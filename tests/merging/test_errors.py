@@ -13,7 +13,7 @@ MODELS = random_models(0, 2)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (("tise", {}), r"unknown method 'tise' \(did you mean 'ties'\?\); there are: breadcrumbs, consensus_ta"),
+        (("tise", {}), r"unknown method 'tise' \(did you mean 'ties'\?\); there are: arcee_fusion, breadcrumbs, cabs"),
         (("ties", {"densty": 0.2}), r"no setting 'densty' \(did you mean 'density'\?\); it has density=0.2"),
         (("ties", {"density": 20}), r"density must lie in \(0, 1\], got 20 \(a percentage is written 0.2"),
         (("ties", {"scope": "leaf"}), "unknown scope 'leaf'; allowed: model, tensor"),
