@@ -10,7 +10,7 @@ quickstart: $(VENV)/installed
 	$(BIN)/python -m experiments.benchmark --config=configs/quickstart.py --workdir=results/quickstart
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n auto --maxprocesses 4
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow

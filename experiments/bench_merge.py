@@ -1,7 +1,7 @@
 """Speed and memory of merges: ours, FusionBench and MergeKit in one run, beside what the machine allows.
 
-    python -m experiments.bench_merge --work /tmp/bench                            # ours and the floors alone
-    python -m experiments.bench_merge --work /tmp/bench --peers SCRIPTS \\
+    python -m experiments.bench_merge --work bench_work                            # ours and the floors alone
+    python -m experiments.bench_merge --work bench_work --peers SCRIPTS \\
         --fusionbench FB_ENV/bin/python --mergekit MK_ENV/bin/python
 
 Part ``memory``: 8 fine-tuned copies of a CLIP-ViT-B/32-sized vision tower, already in memory, a fresh process for every

@@ -51,8 +51,6 @@ def merge(
         raise ValueError("finetuned must be a list of parameter trees; for one model write [params]")
     finetuned = list(finetuned)
     transform = resolve(method, settings, len(finetuned), pretrained is not None, extras or {})
-    if not finetuned:
-        raise ValueError("a merge needs at least one fine-tuned model")
     first = finetuned[0] if pretrained is None else pretrained
     for i, params in enumerate(finetuned):
         vectors.check_same_model(first, params, f"fine-tuned model {i}")
@@ -81,6 +79,8 @@ def merge(
 
 def resolve(method: Which, settings: Mapping, num_tasks: int, has_base: bool, extras: Mapping) -> Chain:
     """The chain of a method, after checking what its card asks of the inputs."""
+    if not num_tasks:
+        raise ValueError("a merge needs at least one fine-tuned model")
     transform = registry.resolve(method, **settings)
     if isinstance(method, str):
         method = registry.get(method)

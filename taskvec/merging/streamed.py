@@ -77,8 +77,6 @@ def plan_streamed(
       ValueError: what `merge` raises, or `memory` is too small for a method that needs whole tensors.
     """
     transform = resolve(method, settings, len(finetuned), pretrained is not None, extras or {})
-    if not finetuned:
-        raise ValueError("a merge needs at least one fine-tuned model")
     specs = dict((pretrained or finetuned[0]).specs)
     for i, reader in enumerate(finetuned):
         vectors.check_same_model(specs, dict(reader.specs), f"fine-tuned model {i}")
@@ -161,10 +159,8 @@ def merge_streamed(
     todo = plan_streamed(
         method, pretrained, finetuned, policy=policy, extras=extras, memory=memory, dtype=dtype, **settings
     )
-    specs = dict((pretrained or finetuned[0]).specs)
-    out = output_specs(specs, dtype)
-    plan, done = todo.plan, 0
-    inputs = [reader for reader in (pretrained, *finetuned) if reader is not None]
+    inputs = _Inputs(pretrained, tuple(finetuned), dict(extras or {}), todo)
+    out, done = output_specs((pretrained or finetuned[0]).specs, dtype), 0
 
     def advance(nbytes: int) -> None:
         nonlocal done
@@ -172,52 +168,66 @@ def merge_streamed(
         if on_progress:
             on_progress(done, todo.read_bytes)
 
-    def rows_of(path: str) -> list[slice | None]:
-        if path not in todo.rows:
-            return [None]
-        length, step = plan.tensors[path].shape[0], todo.rows[path]
-        return [slice(at, min(at + step, length)) for at in range(0, length, step)]
-
-    def leaf_of(path: str, rows: slice | None) -> Leaf:
-        experts = tuple(jnp.asarray(reader.read(path, rows)) for reader in finetuned)
-        theta0 = jnp.zeros_like(experts[0]) if pretrained is None else jnp.asarray(pretrained.read(path, rows))
-        extra = {
-            name: jnp.stack([jnp.asarray(reader.read(path, rows)) for reader in readers])
-            for name, readers in (extras or {}).items()
-            if path in readers[0].specs
-        }
-        return make_leaf(plan.tensors[path], plan.info, theta0, experts, extra, rows.start if rows else 0)
-
     def emit(path: str, rows: slice | None, x: Any) -> None:
         if isinstance(x, Stored):
             raise ValueError("this method gives one model a task: name the task whose model to write")
         write(path, np.asarray(x), rows)
 
-    def not_finite(path: str) -> None:
-        for number, reader in enumerate(inputs):
-            name = "the pretrained model" if pretrained is not None and number == 0 else "a fine-tuned model"
-            for rows in rows_of(path):
-                block = np.asarray(reader.read(path, rows), np.float32)
-                if not np.isfinite(block).all():
-                    source = getattr(reader, "path_of", lambda path, name=name: name)(path)
-                    raise ValueError(f"{source}: tensor {path} holds NaN or infinity")
-
-    count = lambda path: sum(_bytes(reader.specs[path]) for reader in inputs)
     run(
         todo.transform,
-        plan,
-        leaf_of,
+        todo.plan,
+        inputs.leaf,
         emit,
         where=Where(jax.default_backend() == "cpu", todo.workers, check=True),
-        rows_of=rows_of,
+        rows_of=inputs.rows,
         dtype=None if dtype is None else np.dtype(dtype),
         task=task,
-        not_finite=not_finite,
-        on_leaf=lambda path: advance(count(path)),
+        not_finite=inputs.name_not_finite,
+        on_leaf=lambda path: advance(sum(_bytes(reader.specs[path]) for reader in inputs.readers)),
     )
     for path in todo.copied:
-        _copy(pretrained or finetuned[0], path, out[path], write)
-        advance(_bytes(specs[path]))
+        _copy(inputs.readers[0], path, out[path], write)
+        advance(_bytes(inputs.readers[0].specs[path]))
+
+
+class _Inputs(NamedTuple):
+    """The models of a streamed merge, and how their tensors are taken."""
+
+    pretrained: Reader | None
+    finetuned: tuple[Reader, ...]
+    extras: dict[str, Sequence[Reader]]
+    todo: Streaming
+
+    @property
+    def readers(self) -> list[Reader]:
+        """All models, the pretrained one first if there is one."""
+        return [reader for reader in (self.pretrained, *self.finetuned) if reader is not None]
+
+    def rows(self, path: str) -> list[slice | None]:
+        """The blocks of a tensor."""
+        if path not in self.todo.rows:
+            return [None]
+        length, step = self.todo.plan.tensors[path].shape[0], self.todo.rows[path]
+        return [slice(at, min(at + step, length)) for at in range(0, length, step)]
+
+    def leaf(self, path: str, rows: slice | None) -> Leaf:
+        """Reads one tensor or block of every model."""
+        read = lambda reader: jnp.asarray(reader.read(path, rows))
+        experts = tuple(read(reader) for reader in self.finetuned)
+        theta0 = jnp.zeros_like(experts[0]) if self.pretrained is None else read(self.pretrained)
+        have = {name: readers for name, readers in self.extras.items() if path in readers[0].specs}
+        extra = {name: jnp.stack([read(reader) for reader in readers]) for name, readers in have.items()}
+        plan = self.todo.plan
+        return make_leaf(plan.tensors[path], plan.info, theta0, experts, extra, rows.start if rows else 0)
+
+    def name_not_finite(self, path: str) -> None:
+        """Raises `ValueError` naming the file of a tensor that holds NaN or infinity, if one does."""
+        for number, reader in enumerate(self.readers):
+            model = "the pretrained model" if self.pretrained is not None and number == 0 else "a fine-tuned model"
+            for rows in self.rows(path):
+                if not np.isfinite(np.asarray(reader.read(path, rows), np.float32)).all():
+                    file = reader.path_of(path) if hasattr(reader, "path_of") else model
+                    raise ValueError(f"{file}: tensor {path} holds NaN or infinity")
 
 
 def _copy(reader: Reader, path: str, spec: Any, write: Callable) -> None:

@@ -48,7 +48,7 @@ class Difference:
         return Difference(self.theta[layer], self.theta0[layer])
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        return np.subtract(self.theta, self.theta0, dtype=np.float32)
+        return np.asarray(np.subtract(self.theta, self.theta0, dtype=np.float32))
 
 
 def _blocks(x: np.ndarray | Difference) -> Iterator[np.ndarray]:

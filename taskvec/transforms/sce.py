@@ -90,12 +90,12 @@ def _variance_threshold(density: float) -> tuple[Measure, Measure]:
             lambda x, leaf, stats: first.of_leaf(_variance(x)[None], leaf, stats),
             find_upper,
             scope="tensor",
-            host=lambda x, stats: first.host(np.asarray(on_host(tuple(x))), stats),
+            host=lambda x, stats: first.host(np.asarray(on_host(tuple(map(np.asarray, x)))), stats),
         ),
         Measure(
             lambda x, leaf, stats: second.of_leaf(_variance(x)[None], leaf, (stats[0][:2],)),
             find_lower,
             scope="tensor",
-            host=lambda x, stats: second.host(np.asarray(on_host(tuple(x))), (stats[0][:2],)),
+            host=lambda x, stats: second.host(np.asarray(on_host(tuple(map(np.asarray, x)))), (stats[0][:2],)),
         ),
     )

@@ -6,8 +6,9 @@ import taskvec as tv
 from tests.merging import battery
 
 
-@pytest.mark.parametrize("name", sorted(tv.methods()))
+# Method by method: the checks of a method share compiled programs.
 @pytest.mark.parametrize("check", battery.CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("name", sorted(tv.methods()))
 def test_battery(check, name):
     check(tv.methods()[name])
 
