@@ -20,7 +20,7 @@ def few_programs():
     """Forgets compiled programs before their memory maps reach the kernel's limit for a process (65,530)."""
     yield
     maps = pathlib.Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > 45_000:
+    if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
         import jax
 
         jax.clear_caches()
