@@ -1,4 +1,4 @@
-"""Names of tensors in Hugging Face files and paths in our trees: one table an architecture, read in both directions.
+"""Names of tensors in Hugging Face files and paths in our trees: one table a model, read in both directions.
 
 A rule pairs a name with a path; ``{}`` stands for a layer number in both. The op says how the array differs:
 
@@ -115,32 +115,13 @@ def _pattern(template: str) -> re.Pattern:
     return re.compile(r"(\d+)".join(re.escape(part) for part in template.split("{}")))
 
 
-def _dense(name: str, path: str) -> tuple[Rule, Rule]:
-    return Rule(f"{name}.weight", f"{path}/kernel", "transpose"), Rule(f"{name}.bias", f"{path}/bias")
+def dense(name: str, path: str, bias: bool = True) -> tuple[Rule, ...]:
+    """Rules of a dense layer: ``NAME.weight`` ``[out, in]`` and ``NAME.bias``."""
+    kernel = Rule(f"{name}.weight", f"{path}/kernel", "transpose")
+    return (kernel, Rule(f"{name}.bias", f"{path}/bias")) if bias else (kernel,)
 
 
-def _norm(name: str, path: str) -> tuple[Rule, Rule]:
-    return Rule(f"{name}.weight", f"{path}/scale"), Rule(f"{name}.bias", f"{path}/bias")
-
-
-BERT = Table(
-    rules=(
-        Rule("embeddings.word_embeddings.weight", "embeddings/word"),
-        Rule("embeddings.position_embeddings.weight", "embeddings/position"),
-        Rule("embeddings.token_type_embeddings.weight", "embeddings/token_type"),
-        *_norm("embeddings.LayerNorm", "embeddings/norm"),
-        *_dense("encoder.layer.{}.attention.self.query", "blocks/{}/attention/query"),
-        *_dense("encoder.layer.{}.attention.self.key", "blocks/{}/attention/key"),
-        *_dense("encoder.layer.{}.attention.self.value", "blocks/{}/attention/value"),
-        *_dense("encoder.layer.{}.attention.output.dense", "blocks/{}/attention/output"),
-        *_norm("encoder.layer.{}.attention.output.LayerNorm", "blocks/{}/attention/norm"),
-        *_dense("encoder.layer.{}.intermediate.dense", "blocks/{}/mlp/up"),
-        *_dense("encoder.layer.{}.output.dense", "blocks/{}/mlp/down"),
-        *_norm("encoder.layer.{}.output.LayerNorm", "blocks/{}/mlp/norm"),
-    ),
-    # The position numbers are a constant; features are means over tokens and use neither the pooler nor a head.
-    ignore=(r"embeddings\.position_ids", r"pooler\..*", r"cls\..*", r"classifier\..*"),
-    prefix="bert.",
-)
-
-TABLES = {"bert": BERT}
+def norm(name: str, path: str, bias: bool = True) -> tuple[Rule, ...]:
+    """Rules of a normalisation: ``NAME.weight`` and ``NAME.bias``."""
+    scale = Rule(f"{name}.weight", f"{path}/scale")
+    return (scale, Rule(f"{name}.bias", f"{path}/bias")) if bias else (scale,)

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from taskvec.io.names import Table
 from taskvec.tree import Tree
 
 Array = jax.Array
@@ -15,13 +16,13 @@ class Model(NamedTuple):
 
     Attributes:
       name: of the architecture, as in the registry of `taskvec.models`.
-      config: frozen dataclass made from ``config.json``.
-      apply: ``apply(params, batch, *, layer_params=None)`` -> dict with ``features``, float32 ``[B, feature_dim]``,
-        pooled and not normalised. `layer_params` maps one layer's slice of ``params["blocks"]`` to the weights of that
-        layer (default: the slice itself), so that a caller can merge one layer at a time inside the scan.
+      config: frozen dataclass made from ``config.json`` by ``from_json``; ``to_json`` gives the fields back.
+      apply: ``apply(params, batch, **options)`` -> dict with ``features``, float32 ``[B, feature_dim]``, pooled and not
+        normalised. The options are those of `taskvec.models.layers.Options`.
       abstract: tree of `jax.ShapeDtypeStruct` that the params have.
       feature_dim: d.
       scanned: whether layers are stacked under ``blocks`` and `apply` honours `layer_params`.
+      table: names of the tensors in a Hugging Face file; ``None`` for models that have no such file.
     """
 
     name: str
@@ -30,3 +31,4 @@ class Model(NamedTuple):
     abstract: Tree
     feature_dim: int
     scanned: bool
+    table: Table | None = None

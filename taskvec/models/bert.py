@@ -6,14 +6,14 @@ leading axis under ``blocks`` and run by one `lax.scan`. Checked against ``trans
 
 import dataclasses
 import functools
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
+from taskvec.io import names
+from taskvec.models import layers
 from taskvec.models.base import Array, Model
 from taskvec.tree import Tree
 
@@ -47,6 +47,33 @@ class Config:
             )
         return config
 
+    def to_json(self) -> dict[str, Any]:
+        """The fields of a ``config.json`` that says the same."""
+        return {
+            **dataclasses.asdict(self), "model_type": "bert", "hidden_act": "gelu", "architectures": ["BertModel"],
+        }  # fmt: skip
+
+
+TABLE = names.Table(
+    rules=(
+        names.Rule("embeddings.word_embeddings.weight", "embeddings/word"),
+        names.Rule("embeddings.position_embeddings.weight", "embeddings/position"),
+        names.Rule("embeddings.token_type_embeddings.weight", "embeddings/token_type"),
+        *names.norm("embeddings.LayerNorm", "embeddings/norm"),
+        *names.dense("encoder.layer.{}.attention.self.query", "blocks/{}/attention/query"),
+        *names.dense("encoder.layer.{}.attention.self.key", "blocks/{}/attention/key"),
+        *names.dense("encoder.layer.{}.attention.self.value", "blocks/{}/attention/value"),
+        *names.dense("encoder.layer.{}.attention.output.dense", "blocks/{}/attention/output"),
+        *names.norm("encoder.layer.{}.attention.output.LayerNorm", "blocks/{}/attention/norm"),
+        *names.dense("encoder.layer.{}.intermediate.dense", "blocks/{}/mlp/up"),
+        *names.dense("encoder.layer.{}.output.dense", "blocks/{}/mlp/down"),
+        *names.norm("encoder.layer.{}.output.LayerNorm", "blocks/{}/mlp/norm"),
+    ),
+    # The position numbers are a constant; features are means over tokens and use neither the pooler nor a head.
+    ignore=(r"embeddings\.position_ids", r"pooler\..*", r"cls\..*", r"classifier\..*"),
+    prefix="bert.",
+)
+
 
 def make(config: Config, dtype: Any = jnp.float32) -> Model:
     """The model of a config; `dtype` is that of its params."""
@@ -57,20 +84,21 @@ def make(config: Config, dtype: Any = jnp.float32) -> Model:
         abstract=abstract(config, dtype),
         feature_dim=config.hidden_size,
         scanned=True,
+        table=TABLE,
     )
 
 
 def abstract(config: Config, dtype: Any = jnp.float32) -> Tree:
     """Shapes and dtypes of the params."""
-    d, ff, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    d, ff, depth = config.hidden_size, config.intermediate_size, config.num_hidden_layers
 
     def array(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)
 
     def dense(n: int, m: int) -> Tree:
-        return {"kernel": array(layers, n, m), "bias": array(layers, m)}
+        return {"kernel": array(depth, n, m), "bias": array(depth, m)}
 
-    norm = {"scale": array(layers, d), "bias": array(layers, d)}
+    norm = {"scale": array(depth, d), "bias": array(depth, d)}
     attention = {name: dense(d, d) for name in ("query", "key", "value", "output")}
     return {
         "embeddings": {
@@ -86,77 +114,48 @@ def abstract(config: Config, dtype: Any = jnp.float32) -> Tree:
     }
 
 
-def apply(
-    config: Config, params: Tree, batch: Mapping[str, Array], *, layer_params: Callable[[Tree], Tree] | None = None
-) -> dict[str, Array]:
+def apply(config: Config, params: Tree, batch: Mapping[str, Array], **how: Any) -> dict[str, Array]:
     """Runs the encoder.
 
     Args:
       config: of the model.
-      params: as `abstract` describes; ``params["blocks"]`` may be any tree with a leading layer axis if `layer_params`
-        turns a slice of it into a layer's weights, and the tables of ``params["embeddings"]`` may be any objects with
+      params: as `abstract` describes; the tables of ``params["embeddings"]`` may be any objects with
         ``take(ids, axis=0)``.
       batch: ``ids`` int32 ``[B, N]``, ``mask`` bool ``[B, N]`` (false at padding); every token has type 0.
-      layer_params: see `taskvec.models.base.Model`.
+      **how: see `taskvec.models.layers.Options`.
 
     Returns:
       ``features`` float32 ``[B, d]``, the mean of the last layer over the tokens of the mask; ``tokens`` ``[B, N, d]``,
-      the last layer.
+      the last layer; captured pieces.
     """
-    batch_size, length = batch["ids"].shape
+    options = layers.options_of(how)
+    length = batch["ids"].shape[1]
     if length > config.max_position_embeddings:
         raise ValueError(f"texts of {length} tokens, but the model has {config.max_position_embeddings} positions")
     tables = params["embeddings"]
     x = tables["word"].take(batch["ids"], axis=0)
-    x += tables["position"].take(jnp.arange(length), axis=0) + tables["token_type"].take(
-        jnp.zeros(1, jnp.int32), axis=0
-    )
-    # [B * N, d] from here on: XLA on CPU multiplies two matrices faster than a stack of them by one.
-    x_RxD = _norm(config, tables["norm"], x.reshape(batch_size * length, -1))
-    bias_Bx1x1xN = jnp.where(batch["mask"], 0.0, -1e9).astype(jnp.float32)[:, None, None, :]
-
-    def step(x_RxD: Array, layer: Tree) -> tuple[Array, None]:
-        weights = layer if layer_params is None else layer_params(layer)
-        return _block(config, weights, x_RxD, bias_Bx1x1xN), None
-
-    if layer_params is not None:
-        # Merged weights are outputs of `layer_params`: kept for the backward pass, they would be a whole merged stack.
-        step = jax.checkpoint(step, policy=jax.checkpoint_policies.dots_saveable, prevent_cse=False)
-    x_RxD, _ = lax.scan(step, x_RxD, params["blocks"])
-    x_BxNxD = x_RxD.reshape(batch_size, length, -1)
+    x += tables["position"].take(jnp.arange(length), axis=0)
+    x += tables["token_type"].take(jnp.zeros(1, jnp.int32), axis=0)
+    x = layers.layer_norm(tables["norm"], x.astype(options.dtype or x.dtype), config.layer_norm_eps)
+    block = functools.partial(_block, config, layers.padding_bias(batch["mask"]))
+    x_BxNxD, captured, _ = layers.run_blocks(block, params["blocks"], layers.Tap(options, options.key).drop(x), options)
     weight_BxNx1 = batch["mask"][..., None].astype(jnp.float32)
     mean = (x_BxNxD * weight_BxNx1).sum(1) / jnp.maximum(weight_BxNx1.sum(1), 1e-9)
-    return {"features": mean.astype(jnp.float32), "tokens": x_BxNxD}
+    return {"features": mean, "tokens": x_BxNxD, **captured}
 
 
-def _block(config: Config, weights: Tree, x_RxD: Array, bias_Bx1x1xN: Array) -> Array:
-    attention, mlp = weights["attention"], weights["mlp"]
-    y_RxD = _dense(attention["output"], _attend(config, attention, x_RxD, bias_Bx1x1xN))
-    x_RxD = _norm(config, attention["norm"], x_RxD + y_RxD)
-    y_RxD = _dense(mlp["down"], _gelu(_dense(mlp["up"], x_RxD)))
-    return _norm(config, mlp["norm"], x_RxD + y_RxD)
+def _block(config: Config, bias: Array, weights: Tree, x: Array, tap: layers.Tap, state: None) -> tuple[Array, None]:
+    def attention(weights: Tree, x: Array) -> Array:
+        q, k, v = (
+            layers.split_heads(layers.dense(weights[name], x), config.num_attention_heads)
+            for name in ("query", "key", "value")
+        )
+        return layers.dense(weights["output"], layers.attend(q, k, v, bias, q.shape[-1] ** -0.5, tap))
 
+    def mlp(weights: Tree, x: Array) -> Array:
+        return layers.dense(weights["down"], layers.gelu(layers.dense(weights["up"], x)))
 
-def _attend(config: Config, weights: Tree, x_RxD: Array, bias_Bx1x1xN: Array) -> Array:
-    batch_size, length = bias_Bx1x1xN.shape[0], bias_Bx1x1xN.shape[-1]
-    heads = (batch_size, length, config.num_attention_heads, -1)
-    q, k, v = (_dense(weights[name], x_RxD).reshape(heads) for name in ("query", "key", "value"))
-    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k).astype(jnp.float32) / math.sqrt(q.shape[-1])
-    probabilities = jax.nn.softmax(logits + bias_Bx1x1xN).astype(v.dtype)
-    return jnp.einsum("bhqk,bkhd->bqhd", probabilities, v).reshape(x_RxD.shape)
-
-
-def _dense(weights: Tree, x: Array) -> Array:
-    return x @ weights["kernel"] + weights["bias"]
-
-
-def _norm(config: Config, weights: Tree, x: Array) -> Array:
-    y = x.astype(jnp.float32)
-    y -= y.mean(-1, keepdims=True)
-    y *= lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + config.layer_norm_eps)
-    return (y * weights["scale"] + weights["bias"]).astype(x.dtype)
-
-
-def _gelu(x: Array) -> Array:
-    # `jax.nn.gelu` goes through erfc, which is dearer than erf on CPU.
-    return 0.5 * x * (1 + lax.erf(x * math.sqrt(0.5)))
+    for name, run in (("attention", attention), ("mlp", mlp)):
+        y = tap.drop(tap(name, run, weights[name], x))
+        x = layers.layer_norm(weights[name]["norm"], x + y, config.layer_norm_eps)
+    return x, state

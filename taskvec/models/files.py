@@ -87,7 +87,7 @@ def save(folder: PathLike, model: Model, params: Tree, *, source: PathLike | Non
     folder = pathlib.Path(folder)
     _check(folder, model, params)
     tensors = _to_file(model, params)
-    fields = {"model_type": model.name, **(_hf_fields(model) if model.name in names.TABLES else {})}
+    fields = {"model_type": model.name} if model.table is None else model.config.to_json()
     if source is not None and pathlib.Path(source).is_dir():
         source = pathlib.Path(source)
         fields = _config(source)
@@ -114,36 +114,32 @@ def _config(folder: pathlib.Path) -> dict[str, Any]:
 
 def _wanted(model: Model, reader: safetensors.SafetensorsReader) -> list[str]:
     """The names of the file that are part of the params; found from the header, before a tensor is read."""
-    return list(names.places(names.TABLES[model.name], reader.specs) if model.name in names.TABLES else reader.specs)
+    return list(names.places(model.table, reader.specs) if model.table is not None else reader.specs)
 
 
 def _to_tree(model: Model, tensors: dict[str, np.ndarray]) -> Tree:
-    if model.name in names.TABLES:
-        return names.to_paths(names.TABLES[model.name], tensors)
+    if model.table is not None:
+        return names.to_paths(model.table, tensors)
     return trees.unflatten(tensors)
 
 
 def _to_file(model: Model, params: Tree) -> dict[str, np.ndarray]:
-    if model.name in names.TABLES:
-        return names.to_names(names.TABLES[model.name], params)
+    if model.table is not None:
+        return names.to_names(model.table, params)
     return {path: np.asarray(x) for path, x in trees.flatten(params).items()}
 
 
 def _with_rest_of(source: pathlib.Path, model: Model, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The tensors under the names that `source` gives them, with its tensors that are no part of the params."""
-    if model.name not in names.TABLES:
+    if model.table is None:
         return tensors
     reader = safetensors.SafetensorsReader(source)
-    mine = names.places(names.TABLES[model.name], tensors)
+    mine = names.places(model.table, tensors)
     here = {place.path: name for name, place in mine.items()}
-    theirs = names.places(names.TABLES[model.name], reader.specs)
+    theirs = names.places(model.table, reader.specs)
     if {p.path for p in theirs.values()} != here.keys():
         raise ValueError(f"source {source} holds another model: its tensors are not those of the params")
     return {n: tensors[here[theirs[n].path]] if n in theirs else reader.read(n) for n in reader.specs}
-
-
-def _hf_fields(model: Model) -> dict[str, Any]:
-    return {**vars(model.config), "hidden_act": "gelu", "architectures": ["BertModel"]}
 
 
 def _check(path: pathlib.Path, model: Model, params: Tree) -> None:

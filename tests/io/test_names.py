@@ -5,6 +5,7 @@ import pytest
 
 from taskvec import tree as trees
 from taskvec.io import names
+from taskvec.models.bert import TABLE as BERT
 
 SHAPES = {
     "embeddings.word_embeddings.weight": (7, 4),
@@ -33,26 +34,26 @@ def bert(layers=11, prefix=""):
 @pytest.mark.parametrize("prefix", ["", "bert."])
 def test_bert_both_ways(prefix):
     tensors = bert(prefix=prefix)
-    tree = names.to_paths(names.BERT, tensors)
+    tree = names.to_paths(BERT, tensors)
     assert tree["blocks"]["mlp"]["up"]["kernel"].shape == (11, 4, 6)
     key = tensors[f"{prefix}encoder.layer.10.attention.self.key.weight"]
     np.testing.assert_array_equal(tree["blocks"]["attention"]["key"]["kernel"][10], key.T)
-    back = names.to_names(names.BERT, tree)
+    back = names.to_names(BERT, tree)
     assert {prefix + name for name in back} == tensors.keys()
     for name, x in back.items():
         np.testing.assert_array_equal(x, tensors[prefix + name])
 
 
 def test_every_place_is_a_tensor_of_the_tree():
-    places = names.places(names.BERT, bert(3))
-    assert {p.path for p in places.values()} == trees.tensors(names.to_paths(names.BERT, bert(3))).keys()
+    places = names.places(BERT, bert(3))
+    assert {p.path for p in places.values()} == trees.tensors(names.to_paths(BERT, bert(3))).keys()
 
 
 def test_ignored_names_are_left_out_and_others_are_errors():
     ignored = {"embeddings.position_ids": np.zeros(1), "pooler.dense.weight": np.zeros(1), "cls.x": np.zeros(1)}
-    assert names.places(names.BERT, bert(2) | ignored).keys() == bert(2).keys()
+    assert names.places(BERT, bert(2) | ignored).keys() == bert(2).keys()
     with pytest.raises(ValueError, match=r"no rule covers embeddings\.x, pooling.*`ignore` entry"):
-        names.places(names.BERT, bert(2) | {"pooling": 0, "embeddings.x": 0})
+        names.places(BERT, bert(2) | {"pooling": 0, "embeddings.x": 0})
 
 
 def test_ambiguous_names_and_paths():
@@ -62,15 +63,15 @@ def test_ambiguous_names_and_paths():
 
 
 def test_a_tree_with_a_leaf_too_many():
-    tree = names.to_paths(names.BERT, bert(2))
+    tree = names.to_paths(BERT, bert(2))
     with pytest.raises(ValueError, match="no rule covers head/kernel"):
-        names.to_names(names.BERT, {**tree, "head": {"kernel": np.ones(1)}})
+        names.to_names(BERT, {**tree, "head": {"kernel": np.ones(1)}})
 
 
 def test_a_missing_layer():
     tensors = {name: x for name, x in bert(3).items() if ".layer.1." not in name}
     with pytest.raises(ValueError, match="cannot stack"):
-        names.to_paths(names.BERT, tensors)
+        names.to_paths(BERT, tensors)
 
 
 @pytest.mark.parametrize(("op", "shape", "here"), [("transpose", (2, 3), (3, 2)), ("conv", (8, 3, 5, 4), (5, 4, 3, 8))])
