@@ -8,7 +8,8 @@ import os
 
 import numpy as np
 
-from taskvec.data import base, wheels
+from taskvec.data import base, lazy, wheels
+from taskvec.data import preprocess as preprocessing
 from taskvec.io.pickles import load_numpy_pickle
 
 log = logging.getLogger(__name__)
@@ -85,11 +86,32 @@ def resize(images: np.ndarray, size: int) -> np.ndarray:
     return out
 
 
-def encode_task(task: base.Task, size: int) -> base.Task:
-    """A task of ``{"raw"}`` rows with its rows resized to ``{"image": uint8 [N, size, size, 3]}``."""
+def encode_task(task: base.Task, size: int, preprocess: str = "square") -> base.Task:
+    """A task of ``{"raw"}`` rows with its rows as ``{"image": uint8 [N, size, size, 3]}``.
+
+    Args:
+      task: rows are arrays or `lazy.Images`.
+      size: pixels.
+      preprocess: ``square`` (bilinear, without regard to proportions; arrays become arrays), ``clip`` or ``clip_round``
+        (`preprocessing.clip_eval`; decoded when asked for).
+    """
+    transforms = {
+        "square": preprocessing.square(size),
+        "clip": preprocessing.clip_eval(size),
+        "clip_round": preprocessing.clip_eval(size, "round"),
+    }
+    if preprocess not in transforms:
+        raise ValueError(f"preprocess={preprocess!r}; allowed: {', '.join(transforms)}")
+
+    def encode(raw) -> np.ndarray | lazy.Images:
+        if preprocess == "square" and not isinstance(raw, lazy.Images):
+            return resize(raw, size)
+        images = raw if isinstance(raw, lazy.Images) else lazy.of_array(raw, f"task {task.name}")
+        return images.replace(transform=transforms[preprocess])
+
     parts = {name: getattr(task, name) for name in base.SPLITS}
     return task._replace(
-        **{name: split._replace(inputs={"image": resize(split.inputs["raw"], size)}) for name, split in parts.items()}
+        **{name: split._replace(inputs={"image": encode(split.inputs["raw"])}) for name, split in parts.items()}
     )
 
 

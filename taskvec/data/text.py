@@ -29,10 +29,11 @@ def load_tokenizer(folder: str | os.PathLike):
 def encode(texts: np.ndarray, tokenizer, max_length: int) -> dict[str, np.ndarray]:
     """Tokens of N texts: ``{"ids": int32 [N, M], "mask": bool [N, M]}``, M the longest, at most `max_length`.
 
-    Special tokens count and survive truncation. Padding ids are 0 and false in the mask.
+    Texts are ``[N]``, or ``[N, 2]`` for pairs, which are joined as the tokenizer joins them (no segment ids). Special tokens count and survive truncation. Padding ids are 0 and false in the mask.
     """
     tokenizer.enable_truncation(max_length)
-    rows = [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
+    pairs = [tuple(row) for row in texts] if np.ndim(texts) == 2 else list(texts)
+    rows = [encoding.ids for encoding in tokenizer.encode_batch(pairs)]
     lengths = np.array([len(row) for row in rows], int)
     mask = np.arange(max(lengths, default=0)) < lengths[:, None]
     ids = np.zeros(mask.shape, np.int32)

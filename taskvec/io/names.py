@@ -7,7 +7,8 @@ A rule pairs a name with a path; ``{}`` stands for a layer number in both. The o
 * ``conv``: a convolution kernel, ``[out, in, h, w]`` in the file and ``[h, w, in, out]`` here.
 
 A name that no rule covers is an error, unless the table lists it as ignored: then it is no part of the model here (it
-is not merged), and saving copies it from the source file.
+is not merged), and saving copies it from the source file. Names listed as copies hold another tensor once more (tied
+embeddings): reading leaves them out, saving writes that tensor under both names.
 """
 
 import collections
@@ -41,11 +42,14 @@ class Table(NamedTuple):
       rules: one a kind of tensor.
       ignore: regular expressions of names that are left out of the tree.
       prefix: of names in files of models with a head (``bert.`` in BertForSequenceClassification); optional in a file.
+        A rule whose name begins with it writes it.
+      copies: pairs of a name and the path of another rule, whose array stands under that name once more.
     """
 
     rules: tuple[Rule, ...]
     ignore: tuple[str, ...] = ()
     prefix: str = ""
+    copies: tuple[tuple[str, str], ...] = ()
 
 
 class Place(NamedTuple):
@@ -56,14 +60,18 @@ class Place(NamedTuple):
 
 
 def places(table: Table, names: Iterable[str]) -> dict[str, Place]:
-    """Finds the place of every name of a file; ignored names are left out.
+    """Finds the place of every name of a file; ignored names and copies are left out.
 
     Raises:
       ValueError: names that no rule or several rules cover, or two names for one path; lists them.
     """
-    rules = [(_pattern(rule.name), rule) for rule in table.rules]
+    rules = [(_pattern(rule.name.removeprefix(table.prefix)), rule) for rule in table.rules]
+    names = list(names)
+    second = copies(table, names)
     found, unknown, ambiguous = {}, [], []
     for name in names:
+        if name in second:
+            continue
         bare = name.removeprefix(table.prefix)
         if any(re.fullmatch(pattern, bare) for pattern in table.ignore):
             continue
@@ -82,6 +90,12 @@ def places(table: Table, names: Iterable[str]) -> dict[str, Place]:
             f"{told}. The file is of another architecture, or the table needs a rule or an `ignore` entry."
         )
     return found
+
+
+def copies(table: Table, names: Iterable[str]) -> dict[str, str]:
+    """The names of a file that hold another tensor once more, and that tensor's path."""
+    path_of = dict(table.copies)
+    return {n: path_of[bare] for n in names if (bare := n.removeprefix(table.prefix)) in path_of}
 
 
 def to_paths(table: Table, tensors: Mapping[str, Any]) -> Tree:

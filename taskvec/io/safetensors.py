@@ -1,7 +1,6 @@
 """Safetensors, tensor by tensor: what a file holds is known from its header, and memory is one tensor at a time.
 
-Data is mapped, not copied: an array that `read` gives is a read-only view of its part of the file, which counts as
-memory of the file and not of the process, and goes away with the array.
+An array that `read` gives is read-only and aligned, so that jax takes it without a copy on CPUs.
 
 A model is one ``.safetensors`` file, or a Hugging Face folder with ``model.safetensors`` or with shards and their
 ``model.safetensors.index.json``. Everything that can be checked from headers and file sizes is checked when a reader
@@ -10,7 +9,6 @@ or writer is made, before the first tensor moves.
 
 import json
 import math
-import mmap
 import os
 import pathlib
 from collections.abc import Mapping
@@ -27,6 +25,8 @@ __all__ = ["SafetensorsReader", "SafetensorsWriter", "load", "read_header", "sav
 
 # Entries looked at together in search of NaN and infinity: few enough that what is computed stays in the cache.
 _BLOCK = 1 << 16
+# Bytes at which jax on CPUs shares the memory of a NumPy array.
+ALIGNMENT = 64
 
 
 class _Place(NamedTuple):
@@ -106,7 +106,7 @@ class SafetensorsReader:
             raise ValueError(f"rows are read with step 1, found {rows}")
         stop = max(start, stop)
         width = math.prod(rest)
-        flat = self._map(self._places[name], start * width, (stop - start) * width, spec.dtype)
+        flat = _entries(self._places[name], start * width, (stop - start) * width, spec.dtype)
         if self.check_finite and (name, start, stop) not in self._checked:
             bad = _count_not_finite(flat)
             if bad:
@@ -114,21 +114,26 @@ class SafetensorsReader:
             self._checked.add((name, start, stop))
         return flat.reshape(spec.shape if rows is None else (stop - start, *rest))
 
-    @staticmethod
-    def _map(place: _Place, first: int, count: int, dtype: np.dtype) -> np.ndarray:
-        """`count` entries from entry `first` on, mapped from the file."""
-        if not count:
-            return np.empty(0, dtype)
-        begin = place.start + first * dtype.itemsize
-        page = begin - begin % mmap.ALLOCATIONGRANULARITY
-        # One mapping a read: it is undone when the array goes, so that resident memory stays at what is in use.
-        with open(place.file, "rb", buffering=0) as file:
-            if os.fstat(file.fileno()).st_size != place.size:
+
+def _entries(place: _Place, first: int, count: int, dtype: np.dtype) -> np.ndarray:
+    """`count` entries from entry `first` on, in memory aligned so that jax takes the array without a copy."""
+    size = count * dtype.itemsize
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    begin = -raw.ctypes.data % ALIGNMENT
+    flat = raw[begin : begin + size]
+    # Not mapped: tensors are seldom aligned in their file, and a page fault costs more than copying the page.
+    with open(place.file, "rb", buffering=0) as file:
+        if os.fstat(file.fileno()).st_size != place.size:
+            raise ValueError(f"{place.file} was changed while it was being read")
+        file.seek(place.start + first * dtype.itemsize)
+        rest = flat.data
+        while rest:
+            got = file.readinto(rest)
+            if not got:
                 raise ValueError(f"{place.file} was changed while it was being read")
-            length = begin - page + count * dtype.itemsize
-            mapped = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_READ, offset=page)
-        array = np.frombuffer(mapped, dtype, count, begin - page)
-        return array if array.flags.aligned else array.copy()
+            rest = rest[got:]
+    flat.flags.writeable = False
+    return flat.view(dtype)
 
 
 def load(path: PathLike, check_finite: bool = True) -> dict[str, np.ndarray]:

@@ -23,6 +23,7 @@ from taskvec.transforms.run import Where, run
 from taskvec.transforms.stored import Stored
 
 COPY = 1 << 24  # bytes of a tensor that takes no part, copied at once
+BLOCK = 1 << 20  # entries of a block of rows, at most: larger ones are no faster
 
 
 class Reader(Protocol):
@@ -88,10 +89,10 @@ def plan_streamed(
     workers = min(4, os.cpu_count() or 1)
     rows: dict[str, int] = {}
     if all(stage.by_rows for stage in transform.stages):
-        budget = memory // workers // entry  # entries of a block
+        budget = min(BLOCK, memory // workers // entry)  # entries of a block
         for path, tensor in plan.tensors.items():
             if sizes[path] > budget and len(tensor.shape) > 1:
-                rows[path] = max(1, budget // math.prod(tensor.shape[1:]))
+                rows[path] = _even(tensor.shape[0], max(1, budget // math.prod(tensor.shape[1:])))
         block = {p: rows[p] * math.prod(plan.tensors[p].shape[1:]) if p in rows else n for p, n in sizes.items()}
         largest = max(block, key=block.__getitem__)
         need = block[largest] * entry
@@ -159,7 +160,7 @@ def merge_streamed(
     todo = plan_streamed(
         method, pretrained, finetuned, policy=policy, extras=extras, memory=memory, dtype=dtype, **settings
     )
-    inputs = _Inputs(pretrained, tuple(finetuned), dict(extras or {}), todo)
+    inputs = _Inputs(pretrained, tuple(finetuned), dict(extras or {}), todo, {})
     out, done = output_specs((pretrained or finetuned[0]).specs, dtype), 0
 
     def advance(nbytes: int) -> None:
@@ -197,6 +198,7 @@ class _Inputs(NamedTuple):
     finetuned: tuple[Reader, ...]
     extras: dict[str, Sequence[Reader]]
     todo: Streaming
+    blank: dict[tuple, Any]
 
     @property
     def readers(self) -> list[Reader]:
@@ -212,13 +214,21 @@ class _Inputs(NamedTuple):
 
     def leaf(self, path: str, rows: slice | None) -> Leaf:
         """Reads one tensor or block of every model."""
-        read = lambda reader: jnp.asarray(reader.read(path, rows))
+        # `jnp.asarray` would copy, by a program that it compiles for every shape.
+        read = lambda reader: jax.device_put(reader.read(path, rows))
         experts = tuple(read(reader) for reader in self.finetuned)
-        theta0 = jnp.zeros_like(experts[0]) if self.pretrained is None else read(self.pretrained)
+        theta0 = self.zeros(experts[0]) if self.pretrained is None else read(self.pretrained)
         have = {name: readers for name, readers in self.extras.items() if path in readers[0].specs}
         extra = {name: jnp.stack([read(reader) for reader in readers]) for name, readers in have.items()}
         plan = self.todo.plan
         return make_leaf(plan.tensors[path], plan.info, theta0, experts, extra, rows.start if rows else 0)
+
+    def zeros(self, like: Any) -> Any:
+        """Zeros in a shape; made once for all blocks of that shape."""
+        key = (like.shape, like.dtype)
+        if key not in self.blank:
+            self.blank[key] = jax.device_put(np.zeros(*key))
+        return self.blank[key]
 
     def name_not_finite(self, path: str) -> None:
         """Raises `ValueError` naming the file of a tensor that holds NaN or infinity, if one does."""
@@ -228,6 +238,11 @@ class _Inputs(NamedTuple):
                 if not np.isfinite(np.asarray(reader.read(path, rows), np.float32)).all():
                     file = reader.path_of(path) if hasattr(reader, "path_of") else model
                     raise ValueError(f"{file}: tensor {path} holds NaN or infinity")
+
+
+def _even(length: int, most: int) -> int:
+    """Rows of a block, at most `most`; blocks of one size, which compile once, if that does not halve them."""
+    return next((rows for rows in range(most, most // 2, -1) if length % rows == 0), most)
 
 
 def _copy(reader: Reader, path: str, spec: Any, write: Callable) -> None:

@@ -1,6 +1,7 @@
 """What every model here is: a pure function over a nested dict of arrays, and what is known of it without weights."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +10,37 @@ from taskvec.io.names import Table
 from taskvec.tree import Tree
 
 Array = jax.Array
+
+
+class State(NamedTuple):
+    """What a model keeps between two tokens that it generates; B is the batch, or batch x beams.
+
+    Attributes:
+      cache: tree of ``[L, B, ...]``, keys and values of the tokens so far.
+      rows: tree of ``[B, ...]``, what else belongs to one text.
+      fixed: tree of ``[L, B, ...]`` that no token changes (keys and values of an encoder's output); the beams of a text
+        share it.
+      slot: int32, where in the cache the next token is written.
+    """
+
+    cache: Tree
+    rows: Tree
+    fixed: Tree
+    slot: Array
+
+
+class Steps(NamedTuple):
+    """How a model generates token after token; options as for `Model.apply`.
+
+    Attributes:
+      start: ``(params, batch, room, **options) -> (logits [B, V], State)``: reads the prompts, keeps room for that many
+        tokens more, and gives the logits of the first.
+      step: ``(params, ids [B], state, **options) -> (logits [B, V], State)``: takes one token a text, gives the logits
+        of the next.
+    """
+
+    start: Callable[..., tuple[Array, State]]
+    step: Callable[..., tuple[Array, State]]
 
 
 class Model(NamedTuple):
@@ -23,6 +55,7 @@ class Model(NamedTuple):
       feature_dim: d.
       scanned: whether layers are stacked under ``blocks`` and `apply` honours `layer_params`.
       table: names of the tensors in a Hugging Face file; ``None`` for models that have no such file.
+      steps: for `taskvec.models.decoding`; ``None`` for models that generate nothing.
     """
 
     name: str
@@ -32,3 +65,10 @@ class Model(NamedTuple):
     feature_dim: int
     scanned: bool
     table: Table | None = None
+    steps: Steps | None = None
+
+
+def fields_of(cls: type, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What a ``config.json`` says of the fields of a dataclass; lists as tuples, so that configs can be compared."""
+    given = {f.name: fields[f.name] for f in dataclasses.fields(cls) if f.name in fields}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}

@@ -1,7 +1,9 @@
-"""BERT encoders (arXiv 1810.04805) with mean pooling, such as the sentence encoder all-MiniLM-L6-v2.
+"""BERT (arXiv 1810.04805) and RoBERTa (arXiv 1907.11692) encoders with mean pooling, such as all-MiniLM-L6-v2.
 
 Post-norm blocks, learned positions, exact GELU. Weights of a dense layer are ``[in, out]``; the layers are stacked on a
 leading axis under ``blocks`` and run by one `lax.scan`. Checked against ``transformers`` to 1e-5.
+
+RoBERTa differs in its positions: they count the tokens that are not padding, from ``pad_token_id + 1`` on.
 """
 
 import dataclasses
@@ -18,6 +20,9 @@ from taskvec.models.base import Array, Model
 from taskvec.tree import Tree
 
 
+ARCHITECTURES = {"bert": "BertModel", "roberta": "RobertaModel"}
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """The fields of a Hugging Face ``config.json`` that the encoder depends on, under their names there."""
@@ -30,6 +35,8 @@ class Config:
     max_position_embeddings: int
     type_vocab_size: int = 2
     layer_norm_eps: float = 1e-12
+    pad_token_id: int = 0
+    model_type: str = "bert"
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "Config":
@@ -40,7 +47,11 @@ class Config:
                 raise ValueError(
                     f"config.json has {name}={fields[name]!r}; the BERT encoder here supports only {value!r}"
                 )
-        config = cls(**{f.name: fields[f.name] for f in dataclasses.fields(cls) if f.name in fields})
+        default = {"pad_token_id": 1} if fields.get("model_type") == "roberta" else {}
+        given = {f.name: fields[f.name] for f in dataclasses.fields(cls) if fields.get(f.name) is not None}
+        config = cls(**{**default, **given})
+        if config.model_type not in ARCHITECTURES:
+            raise ValueError(f"model_type {config.model_type!r} is not one of {', '.join(ARCHITECTURES)}")
         if config.hidden_size % config.num_attention_heads:
             raise ValueError(
                 f"hidden_size {config.hidden_size} is not a multiple of {config.num_attention_heads} heads"
@@ -50,8 +61,13 @@ class Config:
     def to_json(self) -> dict[str, Any]:
         """The fields of a ``config.json`` that says the same."""
         return {
-            **dataclasses.asdict(self), "model_type": "bert", "hidden_act": "gelu", "architectures": ["BertModel"],
+            **dataclasses.asdict(self), "hidden_act": "gelu", "architectures": [ARCHITECTURES[self.model_type]],
         }  # fmt: skip
+
+    @property
+    def first_position(self) -> int:
+        """The position of a text's first token."""
+        return self.pad_token_id + 1 if self.model_type == "roberta" else 0
 
 
 TABLE = names.Table(
@@ -70,21 +86,22 @@ TABLE = names.Table(
         *names.norm("encoder.layer.{}.output.LayerNorm", "blocks/{}/mlp/norm"),
     ),
     # The position numbers are a constant; features are means over tokens and use neither the pooler nor a head.
-    ignore=(r"embeddings\.position_ids", r"pooler\..*", r"cls\..*", r"classifier\..*"),
+    ignore=(r"embeddings\.position_ids", r"pooler\..*", r"cls\..*", r"classifier\..*", r"lm_head\..*"),
     prefix="bert.",
 )
+TABLES = {"bert": TABLE, "roberta": TABLE._replace(prefix="roberta.")}
 
 
 def make(config: Config, dtype: Any = jnp.float32) -> Model:
     """The model of a config; `dtype` is that of its params."""
     return Model(
-        name="bert",
+        name=config.model_type,
         config=config,
         apply=functools.partial(apply, config),
         abstract=abstract(config, dtype),
         feature_dim=config.hidden_size,
         scanned=True,
-        table=TABLE,
+        table=TABLES[config.model_type],
     )
 
 
@@ -126,15 +143,18 @@ def apply(config: Config, params: Tree, batch: Mapping[str, Array], **how: Any) 
 
     Returns:
       ``features`` float32 ``[B, d]``, the mean of the last layer over the tokens of the mask; ``tokens`` ``[B, N, d]``,
-      the last layer; captured pieces.
+      the last layer, whose ``[:, 0]`` is what classification heads of BERT and RoBERTa read; captured pieces.
+
+    Raises:
+      ValueError: more tokens than the model has positions.
     """
     options = layers.options_of(how)
     length = batch["ids"].shape[1]
-    if length > config.max_position_embeddings:
-        raise ValueError(f"texts of {length} tokens, but the model has {config.max_position_embeddings} positions")
+    if length > (longest := config.max_position_embeddings - config.first_position):
+        raise ValueError(f"texts of {length} tokens, but the model has {longest} positions")
     tables = params["embeddings"]
     x = tables["word"].take(batch["ids"], axis=0)
-    x += tables["position"].take(jnp.arange(length), axis=0)
+    x += tables["position"].take(_positions(config, batch), axis=0)
     x += tables["token_type"].take(jnp.zeros(1, jnp.int32), axis=0)
     x = layers.layer_norm(tables["norm"], x.astype(options.dtype or x.dtype), config.layer_norm_eps)
     block = functools.partial(_block, config, layers.padding_bias(batch["mask"]))
@@ -142,6 +162,14 @@ def apply(config: Config, params: Tree, batch: Mapping[str, Array], **how: Any) 
     weight_BxNx1 = batch["mask"][..., None].astype(jnp.float32)
     mean = (x_BxNxD * weight_BxNx1).sum(1) / jnp.maximum(weight_BxNx1.sum(1), 1e-9)
     return {"features": mean, "tokens": x_BxNxD, **captured}
+
+
+def _positions(config: Config, batch: Mapping[str, Array]) -> Array:
+    """Positions ``[N]``, or ``[B, N]`` where they depend on the padding."""
+    if config.model_type == "bert":
+        return jnp.arange(batch["ids"].shape[1])
+    counted_BxN = batch["mask"] & (batch["ids"] != config.pad_token_id)
+    return jnp.where(counted_BxN, jnp.cumsum(counted_BxN, axis=1), 0) + config.pad_token_id
 
 
 def _block(config: Config, bias: Array, weights: Tree, x: Array, tap: layers.Tap, state: None) -> tuple[Array, None]:

@@ -64,7 +64,9 @@ def load(path: PathLike, dtype: Any = jnp.float32) -> tuple[Model, Tree]:
         params = efficientnet.fold(torch_checkpoint.load_state_dict(path))
     else:
         reader = safetensors.SafetensorsReader(path, check_finite=True)
-        params = _to_tree(model, {name: reader.read(name) for name in _wanted(model, reader)})
+        tensors = {name: reader.read(name) for name in _wanted(model, reader)}
+        _check_copies(path, model, reader, tensors)
+        params = _to_tree(model, tensors)
     _check(path, model, params)
     return model, jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
 
@@ -139,7 +141,23 @@ def _with_rest_of(source: pathlib.Path, model: Model, tensors: dict[str, np.ndar
     theirs = names.places(model.table, reader.specs)
     if {p.path for p in theirs.values()} != here.keys():
         raise ValueError(f"source {source} holds another model: its tensors are not those of the params")
-    return {n: tensors[here[theirs[n].path]] if n in theirs else reader.read(n) for n in reader.specs}
+    path_of = {n: place.path for n, place in theirs.items()} | names.copies(model.table, reader.specs)
+    return {n: tensors[here[path_of[n]]] if n in path_of else reader.read(n) for n in reader.specs}
+
+
+def _check_copies(
+    path: pathlib.Path, model: Model, reader: safetensors.SafetensorsReader, tensors: dict[str, np.ndarray]
+) -> None:
+    """Tied tensors that a file holds twice must be equal; the model here has them once."""
+    if model.table is None:
+        return
+    name_of = {place.path: name for name, place in names.places(model.table, tensors).items()}
+    for name, which in names.copies(model.table, reader.specs).items():
+        if which in name_of and not np.array_equal(reader.read(name), tensors[name_of[which]]):
+            raise ValueError(
+                f"{path}: {name} differs from {name_of[which]}, but config.json says that they are one tensor; "
+                'if they are not, set "tie_word_embeddings": false there'
+            )
 
 
 def _check(path: pathlib.Path, model: Model, params: Tree) -> None:

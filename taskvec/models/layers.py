@@ -30,8 +30,8 @@ class Options(NamedTuple):
     Attributes:
       layer_params: maps one layer's slice of the stacked ``blocks`` to the weights of that layer, so that a caller can
         merge one layer at a time inside the scan. The slice itself if ``None``.
-      hooks: ``{piece: hook}`` for the pieces ``block`` (a whole block, residuals and norms included), ``attention`` and
-        ``mlp`` (without residual and norm). A hook is called as ``hook(run, weights, x)``, with ``run(weights, x)`` the
+      hooks: ``{piece: hook}`` for the pieces ``block`` (a whole block, residuals and norms included), ``attention``,
+        ``mlp`` and, in a decoder with an encoder, ``cross_attention`` (without residual and norm). A hook is called as ``hook(run, weights, x)``, with ``run(weights, x)`` the
         model's own computation and ``weights`` that piece's part of what `layer_params` gives; what else it needs
         (adapters, routers) travels in those weights.
       capture: pieces whose outputs are returned as well, stacked over the layers ``[L, B, N, D]``.
@@ -86,7 +86,7 @@ def options_of(settings: Mapping[str, Any]) -> Options:
     options = Options(**settings)
     if options.remat is not None and options.remat not in REMAT:
         raise ValueError(f"unknown remat {options.remat!r}; allowed: None, {', '.join(map(repr, REMAT))}")
-    pieces = ("block", "attention", "mlp")
+    pieces = ("block", "attention", "cross_attention", "mlp")
     if unknown := sorted({*options.hooks, *options.capture} - {*pieces}):
         raise ValueError(f"unknown piece {unknown[0]!r}; a block has {', '.join(pieces)}")
     if options.dropout and options.key is None:
@@ -193,6 +193,20 @@ def split_heads(x: Array, heads: int) -> Array:
 def padding_bias(mask_BxK: Array) -> Array:
     """Bias ``[B, 1, 1, K]`` that forbids attention to padding."""
     return jnp.where(mask_BxK, 0.0, -1e9).astype(jnp.float32)[:, None, None, :]
+
+
+def causal_bias(mask_BxN: Array) -> Array:
+    """Bias ``[B, 1, N, N]`` that forbids attention to padding and to later tokens."""
+    length = mask_BxN.shape[1]
+    seen_NxN = jnp.arange(length)[:, None] >= jnp.arange(length)
+    return jnp.where(mask_BxN[:, None, None, :] & seen_NxN[None, None], 0.0, -1e9).astype(jnp.float32)
+
+
+def with_cache(cache: Tree, new: Tree, slot: Array) -> Tree:
+    """A layer's cached keys and values ``[B, K, G, C]`` with those of new tokens written from `slot` on."""
+    if cache is None:
+        return new
+    return jax.tree.map(lambda old, x: lax.dynamic_update_slice_in_dim(old, x, slot, axis=1), cache, new)
 
 
 def gelu(x: Array) -> Array:

@@ -16,6 +16,7 @@ Nothing here knows whether the tensors stand in memory, are sharded over a mesh 
 
 import dataclasses
 import math
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -107,7 +108,7 @@ class Measure(NamedTuple):
       of_leaf: ``(x, leaf, earlier measures of this transform) -> tree`` for one tensor, or for some rows of it.
       finish: ``(combined tree, ModelInfo, earlier measures of this transform) -> statistic``. With ``scope="tensor"``
         the info's ``size`` is that of the tensor and ``unseen`` is 0.
-      combine: associative and commutative, elementwise: `jnp.add`, `jnp.maximum`, ...
+      combine: associative and commutative, elementwise: `operator.add`, `jnp.maximum`, ...
       scope: ``model`` combines all tensors; ``tensor`` gives every tensor its own statistic, and makes it possible to
         take a tensor that is too large by rows.
       host: the same as `of_leaf` in NumPy on ``(T arrays, earlier)``, used where x lies in the memory of a CPU and XLA
@@ -116,7 +117,7 @@ class Measure(NamedTuple):
 
     of_leaf: Callable[[Array, Leaf, tuple], Any]
     finish: Callable[[Any, ModelInfo, tuple], Any] = lambda total, info, stats: total
-    combine: Callable = jnp.add
+    combine: Callable = operator.add
     scope: str = "model"
     host: Callable[[Any, tuple], Any] | None = None
 

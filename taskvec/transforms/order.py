@@ -70,9 +70,10 @@ def _upper_counts_of_array(x: np.ndarray) -> np.ndarray:
 def _lower_counts_of_array(x: np.ndarray, uppers: np.ndarray) -> np.ndarray:
     counts = np.zeros((len(uppers), _LOW), np.int64)
     for bits in _blocks(x):
-        high = bits >> 16 & 0x7FFF
+        magnitude = bits & 0x7FFFFFFF
         for row, upper in zip(counts, uppers, strict=True):
-            row += np.bincount(bits[high == upper] & 0xFFFF, minlength=_LOW)
+            low = magnitude - np.uint32(int(upper) << 16)  # wraps around where it is smaller
+            np.add.at(row, low[low < _LOW], 1)
     return counts
 
 
@@ -85,6 +86,8 @@ def _locate(counts: Array, rank: Array) -> tuple[Array, Array]:
 
 
 def _value(upper: Array, lower: Array) -> Array:
+    if isinstance(lower, np.integer):
+        return np.uint32(int(upper) << 16 | int(lower)).view(np.float32)
     return jax.lax.bitcast_convert_type(jnp.uint32(upper) << 16 | jnp.uint32(lower), jnp.float32)
 
 
@@ -157,8 +160,8 @@ def kth_magnitudes_of(ranks: Sequence[Rank], scope: str) -> tuple[Measure, Measu
                 unseen = xp.where(uppers[task, k] == 0, xp.asarray(info.unseen, counts.dtype), 0).astype(counts.dtype)
                 total = counts[task, k] + unseen * (xp.arange(_LOW) == 0).astype(counts.dtype)
                 row.append(_value(uppers[task, k], _locate(total, rests[task, k])[0]))
-            values.append(jnp.stack(row))
-        return jnp.stack(values)
+            values.append(xp.stack(row))
+        return xp.stack(values)
 
     return (
         Measure(upper_of_leaf, find_upper, scope=scope, host=upper_on_host),

@@ -62,7 +62,22 @@ class _Run:
         self.stages = tuple(s._replace(constants=(0.0,) * len(s.constants)) for s in chain(transform).stages)
         self.shared: Stats = tuple(dict(enumerate(constants)) for constants in given)
         self.own: dict[str, Stats] = {path: tuple({} for _ in given) for path in plan.tensors}
-        self.plan, self.leaf_of, self.rows_of, self.where = plan, leaf_of, rows_of, where
+        self.plan, self.rows_of, self.where = plan, rows_of, where
+        self._leaf_of, self._last = leaf_of, threading.local()
+
+    def leaf_of(self, path: str, rows: slice | None) -> Leaf:
+        """A leaf or block; a tensor in one piece is kept until this thread asks for another, so it is read once."""
+        if getattr(self._last, "path", None) == path:
+            return self._last.leaf
+        self._last.path, self._last.leaf = None, None  # free before the next is read
+        leaf = self._leaf_of(path, rows)
+        if len(self.rows_of(path)) == 1:
+            self._last.path, self._last.leaf = path, leaf
+        return leaf
+
+    def forget(self) -> None:
+        """Frees what this thread has kept."""
+        self._last.path, self._last.leaf = None, None
 
     def rounds(self) -> Iterator[tuple[int, int]]:
         """(stage, measure) of the measures that need the whole model, in order."""
@@ -112,7 +127,7 @@ class _Run:
         measure, total, finite = self.stages[at].measures[round_], None, True
         for rows in self.rows_of(path):
             one, probe = self.part_of_block(path, rows, at, round_, check)
-            finite = finite and (not check or bool(jnp.isfinite(probe)))
+            finite = finite and (not check or bool(np.isfinite(probe)))
             total = one if total is None else jax.tree.map(measure.combine, total, one)
         return total, finite
 
@@ -193,8 +208,9 @@ def run(
 
     def apply_to_block(path: str, rows: slice | None, check: bool) -> None:
         flags = (plan.tensors[path].stacked, check, add, dtype, task)
-        x, probe = applied(state.stages, state.shared, state.own[path], leaf_of(path, rows), *flags)
-        if check and not bool(jnp.isfinite(probe)):
+        x, probe = applied(state.stages, state.shared, state.own[path], state.leaf_of(path, rows), *flags)
+        state.forget()
+        if check and not bool(np.isfinite(probe)):
             not_finite(path)
         x = jax.block_until_ready(x) if where.host else x
         with lock:

@@ -1,0 +1,231 @@
+"""The published suites of 8, 14 and 20 image tasks for CLIP: classes, prompts, splits, and where the rows lie.
+
+Class names and templates are facts read in public repositories; they stand in ``classes/*.txt``, one a line, ``{}`` for
+the class. Sources: tanganke/fusion_bench 54c9e8c ``fusion_bench/tasks/clip_classification``, nik-dim/tall_masks d10af8b and
+mlfoundations/task_vectors 826a64c ``src/datasets``, and the class attributes of torchvision's data sets. The templates are
+the same in all three. Class names differ for some tasks; the open_clip line's own stand in ``NAME.open_clip.txt``: flowers,
+FER2013 (another order, and lists as they are printed into the prompt there), pets, Food101 and CIFAR100 (underscores as
+torchvision has them), Fashion-MNIST, and KMNIST (o, ki, su instead of kana). SUN397's names are folder names there
+(``a_abbey``), which give the same list as far as could be seen.
+
+Three families of checkpoints exist, trained and scored differently; their results must never share a table:
+
+  task_vectors  Ilharco et al. 2023 (arXiv 2212.04089): 8 tasks, DTD scored on its test images as in AdaMerging.
+  tall_masks    Wang et al. 2024 (arXiv 2405.07813): 8, 14 and 20 tasks; DTD scored on ``dtd/val``, images which the
+                experts very likely saw (98 % there against 79 %); EMNIST is its digits.
+  fusion_bench  Tang et al. 2024 (arXiv 2406.03280): Hugging Face CLIP; EMNIST is its letters.
+
+A task is read from a folder ROOT in one of two layouts: ``ROOT/TASK/train/CLASS/*`` with ``test`` (and ``val``) beside
+it, class folders in the order of the class names; or Parquet files of the hub repository under ``ROOT/OWNER/NAME``.
+``hub`` instead of ROOT fetches that repository, ``tfds`` takes prepared tensorflow-datasets.
+"""
+
+import pathlib
+from typing import NamedTuple
+
+import numpy as np
+
+from taskvec.data import base, sources
+
+FOLDER = pathlib.Path(__file__).parent / "classes"
+
+
+class ClipTask(NamedTuple):
+    """Where an image task is found.
+
+    Attributes:
+      title: its name in the papers.
+      hub: Hugging Face data set; ``owner/name`` or ``owner/name:config``. Empty: none whose files are Parquet is known.
+      tfds: name of its tensorflow-datasets builder; empty if there is none.
+      splits: names of the training and the test split on the hub.
+      tfds_splits: the same for tensorflow-datasets.
+    """
+
+    title: str
+    hub: str = ""
+    tfds: str = ""
+    splits: tuple[str, str] = ("train", "test")
+    tfds_splits: tuple[str, str] = ("train", "test")
+
+
+TASKS = {
+    "sun397": ClipTask("SUN397", "tanganke/sun397", "sun397"),
+    "cars": ClipTask("Cars", "tanganke/stanford_cars", "cars196"),
+    "resisc45": ClipTask("RESISC45", "tanganke/resisc45"),  # tfds has no split of it
+    "eurosat": ClipTask("EuroSAT", "tanganke/eurosat"),  # nor of this
+    "svhn": ClipTask("SVHN", "ufldl-stanford/svhn:cropped_digits", "svhn_cropped"),
+    "gtsrb": ClipTask("GTSRB", "tanganke/gtsrb"),
+    "mnist": ClipTask("MNIST", "ylecun/mnist", "mnist"),
+    "dtd": ClipTask("DTD", "tanganke/dtd", "dtd"),
+    "flowers102": ClipTask("Flowers102", "dpdl-benchmark/oxford_flowers102", "oxford_flowers102"),
+    "pcam": ClipTask("PCAM", "1aurent/PatchCamelyon", "patch_camelyon"),
+    "fer2013": ClipTask("FER2013"),  # FusionBench: clip-benchmark/wds_fer2013, tar files
+    "pets": ClipTask("OxfordIIITPet", "timm/oxford-iiit-pet", "oxford_iiit_pet"),
+    "stl10": ClipTask("STL10", "tanganke/stl10", "stl10"),
+    "cifar100": ClipTask("CIFAR100", "tanganke/cifar100", "cifar100"),
+    "cifar10": ClipTask("CIFAR10", "tanganke/cifar10", "cifar10"),
+    "food101": ClipTask("Food101", "ethz/food101", "food101", ("train", "validation"), ("train", "validation")),
+    "fashion_mnist": ClipTask("FashionMNIST", "zalando-datasets/fashion_mnist", "fashion_mnist"),
+    "emnist": ClipTask("EMNIST", "tanganke/emnist_letters", "emnist/letters"),
+    "kmnist": ClipTask("KMNIST", "tanganke/kmnist", "kmnist"),
+    "rendered_sst2": ClipTask("RenderedSST2", "nateraw/rendered-sst2"),
+}
+SUITES = {"clip8": tuple(TASKS)[:8], "clip14": tuple(TASKS)[:14], "clip20": tuple(TASKS)}
+
+
+class Family(NamedTuple):
+    """How a line of checkpoints was trained and scored.
+
+    Attributes:
+      names: which class names: ``open_clip`` or ``hugging_face``.
+      dtd: which images DTD is scored on: ``test`` or ``val``.
+      emnist: ``letters`` or ``digits``.
+      validation: fraction of the training rows held out and their limit, see `base.validation_rows`.
+      preprocess: of `images.encode_task`.
+      suites: the suites that were published.
+    """
+
+    names: str
+    dtd: str
+    emnist: str
+    validation: tuple[float, int | None]
+    preprocess: str
+    suites: tuple[str, ...]
+
+
+FAMILIES = {
+    "task_vectors": Family("open_clip", "test", "digits", (0.1, 5000), "clip_round", ("clip8",)),
+    "tall_masks": Family("open_clip", "val", "digits", (0.1, 5000), "clip_round", tuple(SUITES)),
+    "fusion_bench": Family("hugging_face", "test", "letters", (0.1, None), "clip", tuple(SUITES)),
+}
+
+
+def class_names(task: str, family: str) -> tuple[str, ...]:
+    """Class names as they stand in a family's prompts, in the order of the labels."""
+    stem = _stem(task, family)
+    own = FOLDER / f"{stem}.open_clip.txt"
+    return _lines(own if _family(family).names == "open_clip" and own.is_file() else FOLDER / f"{stem}.txt")
+
+
+def templates(task: str, family: str) -> tuple[str, ...]:
+    """Prompt templates with ``{}`` for the class."""
+    return _lines(FOLDER / f"{_stem(task, family)}.templates.txt")
+
+
+def tag(family: str) -> str:
+    """What stands in a result's protocol for the family, with its DTD and EMNIST variants."""
+    of = _family(family)
+    return f"{family}-dtd:{of.dtd}-emnist:{of.emnist}"
+
+
+def load(task: str, family: str, source: str) -> base.Task:
+    """A task with ``{"raw": lazy.Images}`` rows: `held_out` is its own validation set if there is one, else empty.
+
+    Args:
+      task: a key of `TASKS`.
+      family: a key of `FAMILIES`.
+      source: a folder ROOT, ``hub`` or ``tfds``; see the module.
+
+    Raises:
+      ValueError: unknown task or family, or a class count that is not the published one.
+      FileNotFoundError: the rows are not there; the message says where they were looked for.
+    """
+    names = class_names(task, family)
+    splits = _read(task, family, source, len(names))
+    for which, table in splits.items():
+        top = int(table.labels.max(initial=-1)) + 1
+        if top > len(names) or (table.classes and len(table.classes) != len(names)):
+            raise ValueError(
+                f"task {task}: {which} has {max(top, len(table.classes))} classes, {family} has {len(names)} names"
+            )
+    rows = {which: base.Split({"raw": table.rows}, table.labels) for which, table in splits.items()}
+    empty = base.take(rows["train"], np.arange(0))
+    made = base.Task(task, names, rows["train"], rows.get("held_out", empty), rows["test"])
+    base.check(made, may_be_empty=("held_out",))
+    return made
+
+
+def _read(task: str, family: str, source: str, classes: int) -> dict[str, sources.Table]:
+    of, entry = _family(family), TASKS[_known(task)]
+    test = "val" if task == "dtd" and of.dtd == "val" else entry.splits[1]
+    if source == "tfds":
+        name = "emnist/digits" if task == "emnist" and of.emnist == "digits" else entry.tfds
+        if not name:
+            raise ValueError(f"task {task}: tensorflow-datasets has no such set with its splits; use a folder or hub")
+        test = {"val": "validation"}.get(test, entry.tfds_splits[1])
+        read = lambda split: sources.tfds(name, split, sources.Columns("image"))
+        return {"train": read(entry.tfds_splits[0]), "test": read(test)}
+    if source != "hub" and (pathlib.Path(source).expanduser() / task).is_dir():
+        return _folders(pathlib.Path(source).expanduser() / task, task, of)
+    if task == "emnist" and of.emnist == "digits" or test == "val":
+        raise FileNotFoundError(
+            f"task {task}: {family} scores rows that no hub repository is known to have; "
+            f"lay them out as FOLDER/{task}/{{train,{test}}}/CLASS/*.png and set source to FOLDER"
+        )
+    read = lambda split: sources.parquet(hub_files(entry.hub, split, source, task), sources.Columns("image"))
+    return {"train": read(entry.splits[0]), "test": read(test)}
+
+
+def _folders(folder: pathlib.Path, task: str, of: Family) -> dict[str, sources.Table]:
+    train = sources.image_folder(folder / "train")
+    read = lambda which: sources.image_folder(folder / which, train.classes)
+    if task == "dtd" and of.dtd == "val":
+        return {"train": train, "test": read("val")}
+    test = "test" if (folder / "test").is_dir() else "val"  # SUN397 of task_vectors has train and val alone
+    if test == "val" and (task == "dtd" or not (folder / "val").is_dir()):
+        raise FileNotFoundError(f"{folder / 'test'} does not exist; the test images of {task} belong there")
+    own = {"held_out": read("val")} if test == "test" and task == "eurosat" and (folder / "val").is_dir() else {}
+    return {"train": train, "test": read(test)} | own
+
+
+def hub_files(repo: str, split: str, source: str, task: str) -> list[pathlib.Path]:
+    """The Parquet files of one split of a hub data set, from ``ROOT/OWNER/NAME`` or fetched (``source="hub"``).
+
+    Raises:
+      FileNotFoundError: no such files, or the hub cannot be reached; the message says where they belong.
+    """
+    name, _, config = repo.partition(":")
+    if not name:
+        raise FileNotFoundError(f"task {task}: no hub repository is known; lay it out as FOLDER/{task}/train/CLASS/*.png")
+    if source == "hub":
+        import huggingface_hub
+
+        try:
+            root = pathlib.Path(
+                huggingface_hub.snapshot_download(name, repo_type="dataset", allow_patterns=["*.parquet", "README.md"])
+            )
+        except Exception as error:  # the hub's client raises many kinds: network, proxy, offline mode, missing entry
+            raise FileNotFoundError(
+                f"task {task}: the hub's {name} could not be had ({error}); on a machine with network fetch it, and set "
+                f"source to a folder with {name} below it"
+            ) from error
+    else:
+        root = pathlib.Path(source).expanduser() / name
+    files = [f for f in sorted(root.rglob("*.parquet")) if f.name.split("-")[0].split(".")[0] == split]
+    files = [f for f in files if not config or config in f.relative_to(root).parts]
+    if not files:
+        below = f"{root}/{config}/" if config else f"{root}/**/"
+        raise FileNotFoundError(
+            f"task {task}: neither {pathlib.Path(source) / task}/train nor {below}{split}-*.parquet is there"
+        )
+    return files
+
+
+def _lines(path: pathlib.Path) -> tuple[str, ...]:
+    return tuple(path.read_text(encoding="utf-8").splitlines())
+
+
+def _known(task: str) -> str:
+    if task not in TASKS:
+        raise ValueError(f"unknown task {task!r}; there is {', '.join(TASKS)}")
+    return task
+
+
+def _family(family: str) -> Family:
+    if family not in FAMILIES:
+        raise ValueError(f"unknown family {family!r}; there is {', '.join(FAMILIES)}")
+    return FAMILIES[family]
+
+
+def _stem(task: str, family: str) -> str:
+    return f"emnist_{_family(family).emnist}" if _known(task) == "emnist" else task
