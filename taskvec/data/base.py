@@ -76,7 +76,9 @@ def check(task: Task, may_be_empty: tuple[str, ...] = ()) -> None:
             raise ValueError(f"task {task.name}: {which} is empty; give it at least one row")
         if labels.dtype.kind == "f":
             if not np.isfinite(labels).all():
-                raise ValueError(f"task {task.name}: {which} row {np.flatnonzero(~np.isfinite(labels))[0]} has no number")
+                raise ValueError(
+                    f"task {task.name}: {which} row {np.flatnonzero(~np.isfinite(labels))[0]} has no number"
+                )
             continue
         bad = np.flatnonzero((labels < 0) | (labels >= len(task.classes)))
         if len(bad):
@@ -102,7 +104,7 @@ def subsample(
     rows begin with one row of every class, because a head made from class means needs them.
 
     None stands for the published protocol: `test` all rows; `held_out` the task's own validation rows if it has some,
-    else `validation_rows` with the given fraction and limit, whatever the seed; `train` all training rows that are left.
+    else `validation_rows` with the given fraction and limit, whatever the seed; `train` all training rows left.
 
     Raises:
       ValueError: more rows are asked than there are (test: `test` may exceed what there is, then all are used).

@@ -1,8 +1,8 @@
 """Batches as pure functions of (rows, seed, step), so that a run resumes exactly and two runs see the same rows.
 
 Token rows are padded to the longest of their batch rounded up to `length_multiple`: few shapes, few compilations.
-Images pass unchanged; encoded ones (`lazy.Images`) are decoded in threads. A step's batch is made when it is asked for, or
-a little ahead of it (`prefetched`). With several processes every one takes its part of every batch. All is numpy.
+Images pass unchanged; encoded ones (`lazy.Images`) are decoded in threads. A step's batch is made when it is asked
+for, or a little ahead of it (`prefetched`). Of several processes each takes its part of every batch. All is numpy.
 """
 
 import concurrent.futures

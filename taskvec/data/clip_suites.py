@@ -1,12 +1,12 @@
 """The published suites of 8, 14 and 20 image tasks for CLIP: classes, prompts, splits, and where the rows lie.
 
-Class names and templates are facts read in public repositories; they stand in ``classes/*.txt``, one a line, ``{}`` for
-the class. Sources: tanganke/fusion_bench 54c9e8c ``fusion_bench/tasks/clip_classification``, nik-dim/tall_masks d10af8b and
-mlfoundations/task_vectors 826a64c ``src/datasets``, and the class attributes of torchvision's data sets. The templates are
-the same in all three. Class names differ for some tasks; the open_clip line's own stand in ``NAME.open_clip.txt``: flowers,
-FER2013 (another order, and lists as they are printed into the prompt there), pets, Food101 and CIFAR100 (underscores as
-torchvision has them), Fashion-MNIST, and KMNIST (o, ki, su instead of kana). SUN397's names are folder names there
-(``a_abbey``), which give the same list as far as could be seen.
+Class names and templates are facts read in public repositories; they stand in ``classes/*.txt``, one a line, ``{}``
+for the class. Sources: tanganke/fusion_bench 54c9e8c ``fusion_bench/tasks/clip_classification``, nik-dim/tall_masks
+d10af8b and mlfoundations/task_vectors 826a64c ``src/datasets``, and the class attributes of torchvision's data sets.
+The templates are the same in all three. Class names differ for some tasks; the open_clip line's own stand in
+``NAME.open_clip.txt``: flowers, FER2013 (another order, and lists as they are printed into the prompt there), pets,
+Food101 and CIFAR100 (underscores as torchvision has them), Fashion-MNIST, KMNIST (o, ki, su instead of kana). That line
+takes the names of SUN397 and Cars from the data's own folders and tables; the list here is the same as far as seen.
 
 Three families of checkpoints exist, trained and scored differently; their results must never share a table:
 
@@ -16,16 +16,21 @@ Three families of checkpoints exist, trained and scored differently; their resul
   fusion_bench  Tang et al. 2024 (arXiv 2406.03280): Hugging Face CLIP; EMNIST is its letters.
 
 A task is read from a folder ROOT in one of two layouts: ``ROOT/TASK/train/CLASS/*`` with ``test`` (and ``val``) beside
-it, class folders in the order of the class names; or Parquet files of the hub repository under ``ROOT/OWNER/NAME``.
-``hub`` instead of ROOT fetches that repository, ``tfds`` takes prepared tensorflow-datasets.
+it, class folders called like the classes (case and punctuation do not count) or sorted as they are; or the hub's
+Parquet files under ``ROOT/OWNER/NAME``. ``hub`` instead of ROOT fetches that repository, ``tfds`` takes prepared sets
+of tensorflow-datasets.
 """
 
+import logging
 import pathlib
+import re
 from typing import NamedTuple
 
 import numpy as np
 
 from taskvec.data import base, sources
+
+log = logging.getLogger(__name__)
 
 FOLDER = pathlib.Path(__file__).parent / "classes"
 
@@ -49,7 +54,7 @@ class ClipTask(NamedTuple):
 
 
 TASKS = {
-    "sun397": ClipTask("SUN397", "tanganke/sun397", "sun397"),
+    "sun397": ClipTask("SUN397", "tanganke/sun397", "sun397/standard-part1-120k"),
     "cars": ClipTask("Cars", "tanganke/stanford_cars", "cars196"),
     "resisc45": ClipTask("RESISC45", "tanganke/resisc45"),  # tfds has no split of it
     "eurosat": ClipTask("EuroSAT", "tanganke/eurosat"),  # nor of this
@@ -66,7 +71,7 @@ TASKS = {
     "cifar10": ClipTask("CIFAR10", "tanganke/cifar10", "cifar10"),
     "food101": ClipTask("Food101", "ethz/food101", "food101", ("train", "validation"), ("train", "validation")),
     "fashion_mnist": ClipTask("FashionMNIST", "zalando-datasets/fashion_mnist", "fashion_mnist"),
-    "emnist": ClipTask("EMNIST", "tanganke/emnist_letters", "emnist/letters"),
+    "emnist": ClipTask("EMNIST", "tanganke/emnist_letters"),
     "kmnist": ClipTask("KMNIST", "tanganke/kmnist", "kmnist"),
     "rendered_sst2": ClipTask("RenderedSST2", "nateraw/rendered-sst2"),
 }
@@ -131,7 +136,9 @@ def load(task: str, family: str, source: str) -> base.Task:
       FileNotFoundError: the rows are not there; the message says where they were looked for.
     """
     names = class_names(task, family)
-    splits = _read(task, family, source, len(names))
+    splits = {
+        which: _by_name(table, names, task, family, source) for which, table in _read(task, family, source).items()
+    }
     for which, table in splits.items():
         top = int(table.labels.max(initial=-1)) + 1
         if top > len(names) or (table.classes and len(table.classes) != len(names)):
@@ -145,7 +152,33 @@ def load(task: str, family: str, source: str) -> base.Task:
     return made
 
 
-def _read(task: str, family: str, source: str, classes: int) -> dict[str, sources.Table]:
+def _by_name(table: sources.Table, names: tuple[str, ...], task: str, family: str, source: str) -> sources.Table:
+    """Labels by the names of the source's own classes, where it has some that are called like ours.
+
+    FusionBench takes the hub's label numbers as they are, and so does its family here; a disagreement is logged.
+    """
+    found = [re.sub(r"^/\w/", "", name) for name in table.classes]  # SUN397's /a/abbey
+    if len(found) != len(names):
+        return table
+    if _family(family).names == "hugging_face" and source != "tfds":
+        try:
+            order = sources.label_order(found, names, task) or range(len(names))
+        except ValueError as error:
+            log.warning("%s; label numbers are taken as they are, as in FusionBench", error)
+            return table
+        other = [f"{found[i]!r} under {names[i]!r}" for i, at in enumerate(order) if at != i]
+        if other:
+            log.warning(
+                "task %s: label numbers are taken as in FusionBench, which files %s", task, ", ".join(other[:4])
+            )
+        return table
+    order = sources.label_order(found, names, f"task {task}")
+    if order is None:
+        return table
+    return table._replace(labels=np.array(order, np.int32)[table.labels], classes=names)
+
+
+def _read(task: str, family: str, source: str) -> dict[str, sources.Table]:
     of, entry = _family(family), TASKS[_known(task)]
     test = "val" if task == "dtd" and of.dtd == "val" else entry.splits[1]
     if source == "tfds":
@@ -156,8 +189,8 @@ def _read(task: str, family: str, source: str, classes: int) -> dict[str, source
         read = lambda split: sources.tfds(name, split, sources.Columns("image"))
         return {"train": read(entry.tfds_splits[0]), "test": read(test)}
     if source != "hub" and (pathlib.Path(source).expanduser() / task).is_dir():
-        return _folders(pathlib.Path(source).expanduser() / task, task, of)
-    if task == "emnist" and of.emnist == "digits" or test == "val":
+        return _folders(pathlib.Path(source).expanduser() / task, task, of, class_names(task, family))
+    if (task == "emnist" and of.emnist == "digits") or test == "val":
         raise FileNotFoundError(
             f"task {task}: {family} scores rows that no hub repository is known to have; "
             f"lay them out as FOLDER/{task}/{{train,{test}}}/CLASS/*.png and set source to FOLDER"
@@ -166,8 +199,9 @@ def _read(task: str, family: str, source: str, classes: int) -> dict[str, source
     return {"train": read(entry.splits[0]), "test": read(test)}
 
 
-def _folders(folder: pathlib.Path, task: str, of: Family) -> dict[str, sources.Table]:
-    train = sources.image_folder(folder / "train")
+def _folders(folder: pathlib.Path, task: str, of: Family, names: tuple[str, ...]) -> dict[str, sources.Table]:
+    order = sources.folder_order(folder / "train", names)
+    train = sources.image_folder(folder / "train", order)
     read = lambda which: sources.image_folder(folder / which, train.classes)
     if task == "dtd" and of.dtd == "val":
         return {"train": train, "test": read("val")}
@@ -186,18 +220,19 @@ def hub_files(repo: str, split: str, source: str, task: str) -> list[pathlib.Pat
     """
     name, _, config = repo.partition(":")
     if not name:
-        raise FileNotFoundError(f"task {task}: no hub repository is known; lay it out as FOLDER/{task}/train/CLASS/*.png")
+        raise FileNotFoundError(
+            f"task {task}: no hub repository is known; lay it out as FOLDER/{task}/train/CLASS/*.png"
+        )
     if source == "hub":
         import huggingface_hub
 
         try:
-            root = pathlib.Path(
-                huggingface_hub.snapshot_download(name, repo_type="dataset", allow_patterns=["*.parquet", "README.md"])
-            )
+            wanted = [f"{config}/*{split}*.parquet" if config else f"*{split}*.parquet"]
+            root = pathlib.Path(huggingface_hub.snapshot_download(name, repo_type="dataset", allow_patterns=wanted))
         except Exception as error:  # the hub's client raises many kinds: network, proxy, offline mode, missing entry
             raise FileNotFoundError(
-                f"task {task}: the hub's {name} could not be had ({error}); on a machine with network fetch it, and set "
-                f"source to a folder with {name} below it"
+                f"task {task}: the hub's {name} could not be had ({error}); fetch it on a machine with network, and "
+                f"set source to a folder with {name} below it"
             ) from error
     else:
         root = pathlib.Path(source).expanduser() / name

@@ -8,8 +8,7 @@ import os
 
 import numpy as np
 
-from taskvec.data import base, lazy, wheels
-from taskvec.data import preprocess as preprocessing
+from taskvec.data import base, lazy, preprocessing, wheels
 from taskvec.io.pickles import load_numpy_pickle
 
 log = logging.getLogger(__name__)

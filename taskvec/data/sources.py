@@ -1,7 +1,7 @@
 """Where rows come from: image folders, JSON lines, Parquet files, tensorflow-datasets. Each gives a `Table`.
 
-Images stay encoded (`lazy.Images`); texts and labels are read at once. Whatever is wrong with a row is said with its file
-and line or row.
+Images stay encoded (`lazy.Images`); texts and labels are read at once. Whatever is wrong with a row is said with its
+file and line or row.
 """
 
 import functools
@@ -73,6 +73,36 @@ def image_folder(folder: str | os.PathLike, classes: Sequence[str] = ()) -> Tabl
     return Table(images, np.array(labels, np.int32), names)
 
 
+def label_order(found: Sequence[str], names: Sequence[str], where: str) -> list[int] | None:
+    """For every found class the number of the name that it is called like; None if most are called otherwise.
+
+    Case and punctuation do not count. Found classes of which some are called otherwise are taken as they stand if all
+    others stand where their names do (a source may call one flower otherwise); else the order is not to be trusted.
+
+    Raises:
+      ValueError: some classes are called like names, in another order, and some like none.
+    """
+    plain = lambda name: "".join(c for c in name.split(",")[0].casefold() if c.isalnum())
+    number = {plain(name): i for i, name in enumerate(names)}
+    order = [number.get(plain(name)) for name in found]
+    unknown = [name for name, at in zip(found, order, strict=True) if at is None]
+    if not found or 2 * len(unknown) > len(found):
+        return None
+    if len(found) == len(names) and all(at in (None, i) for i, at in enumerate(order)):
+        return list(range(len(names)))
+    if unknown or len(set(order)) < len(names):
+        missing = [name for i, name in enumerate(names) if i not in order]
+        raise ValueError(f"{where}: unknown class {', '.join(unknown) or '-'}; none for {', '.join(missing) or '-'}")
+    return order
+
+
+def folder_order(folder: pathlib.Path, names: Sequence[str]) -> tuple[str, ...]:
+    """Class folders in the order of `names` where they are called so (`label_order`), else empty: sorted order."""
+    found = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+    order = label_order(found, names, str(folder))
+    return tuple(found[i] for i in np.argsort(order)) if order is not None else ()
+
+
 def jsonl(path: str | os.PathLike, columns: Columns, classes: Sequence[str] = ()) -> Table:
     """Rows of a file with one JSON object a line; image columns hold paths, relative to the file's folder.
 
@@ -97,7 +127,9 @@ def jsonl(path: str | os.PathLike, columns: Columns, classes: Sequence[str] = ()
     if columns.image:
         values = _strings([row.get(columns.image) for row in rows], where, columns.image)
         files = [path.parent / value for value in values]
-        return Table(Images(lambda i: files[i], lambda i: f"{where(i)}: {files[i]}", np.arange(len(rows))), labels, names)
+        return Table(
+            Images(lambda i: files[i], lambda i: f"{where(i)}: {files[i]}", np.arange(len(rows))), labels, names
+        )
     return Table(_texts([[row.get(c) for row in rows] for c in columns.text], where, columns.text), labels, names)
 
 
@@ -157,9 +189,8 @@ def tfds(name: str, split: str, columns: Columns, data_dir: str | None = None, c
             f"    python -c \"import tensorflow_datasets as t; t.builder('{name}', file_format='array_record'{at})"
             '.download_and_prepare()"'
         )
-    key = columns.image or columns.text[0]
     features = builder.info.features
-    missing = [c for c in (key, columns.label, *columns.text) if c not in features]
+    missing = [c for c in (columns.image, *columns.text, columns.label) if c and c not in features]
     if missing:
         raise ValueError(f"{name}: no column {', '.join(missing)}; it has {', '.join(features)}")
     skip = {columns.image: lib.decode.SkipDecoding()} if columns.image else None

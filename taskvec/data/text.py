@@ -7,20 +7,38 @@ import pathlib
 import numpy as np
 
 from taskvec.data import base
+from taskvec.io.safetensors_format import listing
 
 
 def load_tokenizer(folder: str | os.PathLike):
     """The `tokenizers.Tokenizer` of a Hugging Face model folder, without the padding and truncation it may carry.
 
+    It is made from ``tokenizer.json`` (of any kind: WordPiece, BPE, SentencePiece's unigrams), or else from
+    ``vocab.json`` and ``merges.txt`` of CLIP, GPT-2 or RoBERTa.
+
     Raises:
-      FileNotFoundError: the folder has no ``tokenizer.json``.
+      FileNotFoundError: the folder has neither.
+      ValueError: the files are damaged, or of an unknown kind.
     """
     import tokenizers
 
-    path = pathlib.Path(folder) / "tokenizer.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; a text suite needs the tokenizer.json of its model's folder")
-    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    from taskvec.data import bpe
+
+    folder = pathlib.Path(folder)
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        try:
+            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"{path} is not a tokenizer: {error}") from error
+    elif all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
+        tokenizer = bpe.load(folder)
+    else:
+        what = f"it holds {listing(folder)}" if folder.is_dir() else "it is no folder"
+        raise FileNotFoundError(
+            f"{folder} has no tokenizer.json, nor vocab.json and merges.txt ({what}); name a model's folder with its "
+            "tokenizer. A vocab.txt or spiece.model alone is not read: save the tokenizer with transformers once"
+        )
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
@@ -29,7 +47,8 @@ def load_tokenizer(folder: str | os.PathLike):
 def encode(texts: np.ndarray, tokenizer, max_length: int) -> dict[str, np.ndarray]:
     """Tokens of N texts: ``{"ids": int32 [N, M], "mask": bool [N, M]}``, M the longest, at most `max_length`.
 
-    Texts are ``[N]``, or ``[N, 2]`` for pairs, which are joined as the tokenizer joins them (no segment ids). Special tokens count and survive truncation. Padding ids are 0 and false in the mask.
+    Texts are ``[N]``, or ``[N, 2]`` for pairs, which are joined as the tokenizer joins them (no segment ids). Special
+    tokens count and survive truncation. Padding ids are 0 and false in the mask.
     """
     tokenizer.enable_truncation(max_length)
     pairs = [tuple(row) for row in texts] if np.ndim(texts) == 2 else list(texts)

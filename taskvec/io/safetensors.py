@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from taskvec.host import aligned
 from taskvec.io.safetensors_format import DTYPES, INDEX, SINGLE, PathLike, header_and_start, listing, read_header, some
 from taskvec.io.safetensors_writer import SafetensorsWriter
 
@@ -25,8 +26,6 @@ __all__ = ["SafetensorsReader", "SafetensorsWriter", "load", "read_header", "sav
 
 # Entries looked at together in search of NaN and infinity: few enough that what is computed stays in the cache.
 _BLOCK = 1 << 16
-# Bytes at which jax on CPUs shares the memory of a NumPy array.
-ALIGNMENT = 64
 
 
 class _Place(NamedTuple):
@@ -117,23 +116,20 @@ class SafetensorsReader:
 
 def _entries(place: _Place, first: int, count: int, dtype: np.dtype) -> np.ndarray:
     """`count` entries from entry `first` on, in memory aligned so that jax takes the array without a copy."""
-    size = count * dtype.itemsize
-    raw = np.empty(size + ALIGNMENT, np.uint8)
-    begin = -raw.ctypes.data % ALIGNMENT
-    flat = raw[begin : begin + size]
+    flat = aligned(count, dtype)
     # Not mapped: tensors are seldom aligned in their file, and a page fault costs more than copying the page.
     with open(place.file, "rb", buffering=0) as file:
         if os.fstat(file.fileno()).st_size != place.size:
             raise ValueError(f"{place.file} was changed while it was being read")
         file.seek(place.start + first * dtype.itemsize)
-        rest = flat.data
+        rest = flat.view(np.uint8).data
         while rest:
             got = file.readinto(rest)
             if not got:
                 raise ValueError(f"{place.file} was changed while it was being read")
             rest = rest[got:]
     flat.flags.writeable = False
-    return flat.view(dtype)
+    return flat
 
 
 def load(path: PathLike, check_finite: bool = True) -> dict[str, np.ndarray]:

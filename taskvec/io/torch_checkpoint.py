@@ -1,5 +1,7 @@
 """Reads PyTorch state dicts without PyTorch and without running anything that they hold.
 
+Files of whole modules are read by `taskvec.io.torch_modules`, which shares the layouts and the checks of this one.
+
 The pickle inside may use only the handful of names listed here (see `taskvec.io.pickles`). Shapes, strides and offsets
 are checked against the bytes there are, before an array is made of them.
 
@@ -38,22 +40,30 @@ class _Storage(NamedTuple):
     size: int
 
 
-class _Tensor(NamedTuple):
+class TorchTensor(NamedTuple):
+    """A tensor that is still in its file."""
+
     storage: _Storage
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
 
-class _Unpickler(RestrictedUnpickler):
+class TorchUnpickler(RestrictedUnpickler):
     """Adds the references to storages, which PyTorch keeps outside the pickle."""
+
+    def __init__(self, file: BinaryIO, source: str):
+        super().__init__(file, _torch_names(), source)
+        self.widths: dict[str, int] = {}  # of the numbers in the storages met so far, in bytes
 
     def persistent_load(self, pid: Any) -> _Storage:
         if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage" or pid[1] not in _STORAGES:
             raise ValueError(f"not a tensor storage: {str(pid)[:100]}")
         if len(pid) > 5 and pid[5] is not None:
             raise ValueError("views of storages (PyTorch before 0.4) are not supported")
-        return _Storage(str(pid[2]), np.dtype(_STORAGES[pid[1]]), natural(pid[4], "size of a storage"))
+        storage = _Storage(str(pid[2]), np.dtype(_STORAGES[pid[1]]), natural(pid[4], "size of a storage"))
+        self.widths[storage.key] = storage.dtype.itemsize
+        return storage
 
 
 def load_state_dict(path: PathLike) -> dict[str, np.ndarray]:
@@ -67,20 +77,46 @@ def load_state_dict(path: PathLike) -> dict[str, np.ndarray]:
       Forbidden: the file holds anything but dicts of tensors (a pickled module, an optimiser, code).
       ValueError: the file is cut short, damaged, or not a flat dict of tensors.
     """
+    return read(path, TorchUnpickler, _flat_dict)
+
+
+def read(
+    path: PathLike, unpickler: type[TorchUnpickler], tensors_of: Callable[[Any], dict[str, TorchTensor]]
+) -> dict[str, np.ndarray]:
+    """Reads some of the tensors of a file; errors as `load_state_dict`.
+
+    Args:
+      path: of the file.
+      unpickler: what is allowed in its pickle.
+      tensors_of: what to read, from what was unpickled.
+    """
     path = pathlib.Path(path)
     with open(path, "rb") as file:
         try:
-            table, storages = (_read_zip if zipfile.is_zipfile(file) else _read_legacy)(file, str(path))
+            read_layout = _read_zip if zipfile.is_zipfile(file) else _read_legacy
+            tensors, storages = read_layout(file, lambda file: unpickler(file, str(path)), tensors_of)
         except Forbidden:
             raise
+        except Odd as error:
+            raise ValueError(f"{path}{error}") from None
         except (*DAMAGED, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} is damaged or is no PyTorch state dict: {error}") from error
+    return {name: _array(path, name, tensor, storages) for name, tensor in tensors.items()}
+
+
+class Odd(Exception):
+    """A file is whole, but holds something else than was expected; the message goes on after the file's name."""
+
+
+def _flat_dict(table: Any) -> dict[str, TorchTensor]:
     if not isinstance(table, dict):
-        raise ValueError(f"{path} holds a {type(table).__name__}; expected a dict of tensors")
-    odd = [str(name) for name, value in table.items() if not isinstance(value, _Tensor) or not isinstance(name, str)]
+        raise Odd(f" holds a {type(table).__name__}; expected a dict of tensors")
+    odd = [
+        str(name) for name, value in table.items() if not isinstance(value, TorchTensor) or not isinstance(name, str)
+    ]
     if odd:
-        raise ValueError(f"{path}: entries {some(odd)} are not tensors; save only the state dict of the model")
-    return {name: _array(path, name, tensor, storages) for name, tensor in table.items()}
+        raise Odd(f": entries {some(odd)} are not tensors; save only the state dict of the model")
+    return table
 
 
 def _torch_names() -> dict[tuple[str, str], Any]:
@@ -92,7 +128,7 @@ def _torch_names() -> dict[tuple[str, str], Any]:
         if not isinstance(storage, _Storage):
             raise TypeError("a tensor without a storage")
         shape, strides = (tuple(natural(n, what) for n in x) for x, what in ((shape, "axis"), (strides, "stride")))
-        return _Tensor(storage, natural(offset, "offset"), shape, strides)
+        return TorchTensor(storage, natural(offset, "offset"), shape, strides)
 
     return allowed | {
         ("collections", "OrderedDict"): lambda *args: collections.OrderedDict(*args),
@@ -101,41 +137,38 @@ def _torch_names() -> dict[tuple[str, str], Any]:
     }
 
 
-def _read_zip(file: BinaryIO, source: str) -> tuple[Any, Callable[[_Storage], bytes]]:
-    """The unpickled table of a zip checkpoint, and a function giving the bytes of a storage."""
+def _read_zip(file: BinaryIO, unpickler: Callable, tensors_of: Callable) -> tuple[dict, Callable[[_Storage], bytes]]:
+    """The tensors of a zip checkpoint, and a function giving the bytes of a storage."""
     with zipfile.ZipFile(file) as archive:
         members = {name.partition("/")[2]: name for name in archive.namelist()}
         if "data.pkl" not in members:
             raise ValueError("it is a zip archive without data.pkl")
         if "byteorder" in members and archive.read(members["byteorder"]).strip() != sys.byteorder.encode():
             raise ValueError("it was written on a machine of the other byte order")
-        table = _Unpickler(io.BytesIO(archive.read(members["data.pkl"])), _torch_names(), source).load()
-        wanted = {x.storage for x in table.values() if isinstance(x, _Tensor)} if isinstance(table, dict) else set()
+        tensors = tensors_of(unpickler(io.BytesIO(archive.read(members["data.pkl"]))).load())
+        wanted = {tensor.storage for tensor in tensors.values()}
         data = {storage: archive.read(members[f"data/{storage.key}"]) for storage in wanted}
-    return table, data.__getitem__
+    return tensors, data.__getitem__
 
 
-def _read_legacy(file: BinaryIO, source: str) -> tuple[Any, Callable[[_Storage], bytes]]:
+def _read_legacy(file: BinaryIO, unpickler: Callable, tensors_of: Callable) -> tuple[dict, Callable[[_Storage], bytes]]:
     """As `_read_zip` for the layout before PyTorch 1.6: magic, version, machine, table, keys, then raw storages."""
     file.seek(0)
-    magic, _, machine = (_Unpickler(file, {}, source).load() for _ in range(3))
+    magic, _, machine = (unpickler(file).load() for _ in range(3))
     if magic != _LEGACY_MAGIC:
         raise ValueError("it has not the magic number of a PyTorch checkpoint")
     if not machine["little_endian"] or sys.byteorder != "little":
         raise ValueError("old checkpoints are read only where both machines are little-endian")
-    table = _Unpickler(file, _torch_names(), source).load()
-    keys = _Unpickler(file, {}, source).load()
-    tensors = [x for x in table.values() if isinstance(x, _Tensor)] if isinstance(table, dict) else []
-    itemsize = {x.storage.key: x.storage.dtype.itemsize for x in tensors}
+    pickled = unpickler(file)
+    tensors = tensors_of(pickled.load())
     data = {}
-    for key in keys:
+    for key in unpickler(file).load():
         size = int.from_bytes(file.read(8), "little", signed=True)
-        # A storage that no tensor of the table uses has an unknown width, so what follows could not be found.
-        data[key] = file.read(natural(size, "size of a storage") * itemsize[key])
-    return table, lambda storage: data[storage.key]
+        data[key] = file.read(natural(size, "size of a storage") * pickled.widths[key])
+    return tensors, lambda storage: data[storage.key]
 
 
-def _array(path: pathlib.Path, name: str, tensor: _Tensor, storages: Callable[[_Storage], bytes]) -> np.ndarray:
+def _array(path: pathlib.Path, name: str, tensor: TorchTensor, storages: Callable[[_Storage], bytes]) -> np.ndarray:
     """Cuts one tensor out of its storage, after checking that every element lies inside it."""
     storage, offset, shape, strides = tensor
     where = f"{path}: tensor {name}"

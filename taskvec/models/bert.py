@@ -19,7 +19,6 @@ from taskvec.models import layers
 from taskvec.models.base import Array, Model
 from taskvec.tree import Tree
 
-
 ARCHITECTURES = {"bert": "BertModel", "roberta": "RobertaModel"}
 
 

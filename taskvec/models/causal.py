@@ -38,10 +38,10 @@ class Family(NamedTuple):
 
     Attributes:
       check: ``(config, length)`` raises `ValueError` for texts that are too long.
-      embed: ``(config, params, ids [B, N], positions [B, N], dtype) -> [B, N, D]``.
+      embed: ``(config, params, ids [B, N], positions [B, N]) -> [B, N, D]``.
       block: ``(config, context, weights, x, tap, state) -> (x, state)``.
       norm: ``(config, params, x) -> x``, the final norm.
-      logits: ``(config, params, x [..., D]) -> [..., V]`` float32, or ``None`` for a model without a head.
+      logits: ``(config, params, x [..., D]) -> [..., V]`` float32, or ``None`` if the model has no head.
     """
 
     check: Callable[[Any, int], None]

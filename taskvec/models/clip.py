@@ -15,6 +15,7 @@ OpenCLIP. Embeddings are not normalised. Checked against ``transformers`` to 1e-
 
 import dataclasses
 import functools
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,8 +31,29 @@ from taskvec.tree import Tree
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
+class Tower:
+    """What the configs of the towers share."""
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Any:
+        """Makes a config; raises `ValueError` for what is not computed here."""
+        known = [f.name for f in dataclasses.fields(cls) if f.name != "projected"]
+        projected = cls.architectures[True] in (fields.get("architectures") or ())
+        config = cls(**{name: fields[name] for name in known if name in fields}, projected=projected)
+        vision.check(fields, config, {"num_channels": 3}, "CLIP tower")
+        if not isinstance(getattr(config, "eos_token_id", 0), int):
+            raise ValueError(f"config.json has eos_token_id={fields['eos_token_id']!r}; the CLIP tower here has one")
+        return config
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields of a ``config.json`` that says the same."""
+        fields = dataclasses.asdict(self)
+        architecture = self.architectures[fields.pop("projected")]
+        return {**fields, "model_type": self.model_type, "architectures": [architecture]}
+
+
 @dataclasses.dataclass(frozen=True)
-class VisionConfig:
+class VisionConfig(Tower):
     """The fields of a ``config.json`` that the image tower depends on, and whether it has a projection."""
 
     hidden_size: int = 768
@@ -46,11 +68,11 @@ class VisionConfig:
     projected: bool = False
 
     model_type = "clip_vision_model"
-    plain, with_projection = "CLIPVisionModel", "CLIPVisionModelWithProjection"
+    architectures = ("CLIPVisionModel", "CLIPVisionModelWithProjection")
 
 
 @dataclasses.dataclass(frozen=True)
-class TextConfig:
+class TextConfig(Tower):
     """The same for the text tower."""
 
     vocab_size: int = 49408
@@ -66,7 +88,7 @@ class TextConfig:
     projected: bool = False
 
     model_type = "clip_text_model"
-    plain, with_projection = "CLIPTextModel", "CLIPTextModelWithProjection"
+    architectures = ("CLIPTextModel", "CLIPTextModelWithProjection")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,57 +101,50 @@ class Config:
 
     def to_json(self) -> dict[str, Any]:
         """The fields of a ``config.json`` that says the same."""
-        towers = {name: tower_to_json(getattr(self, name)) for name in ("vision_config", "text_config")}
+        towers = {name: getattr(self, name).to_json() for name in ("vision_config", "text_config")}
         return {"model_type": "clip", "architectures": ["CLIPModel"], "projection_dim": self.projection_dim, **towers}
 
 
-def tower_from_json(kind: type, fields: Mapping[str, Any]) -> VisionConfig | TextConfig:
-    """The config of a tower; raises `ValueError` for what is not computed here."""
-    config = kind(**{f.name: fields[f.name] for f in dataclasses.fields(kind) if f.name in fields})
-    config = dataclasses.replace(config, projected=kind.with_projection in (fields.get("architectures") or ()))
-    vision.check(fields, config, {"num_channels": 3}, "CLIP tower")
-    if not isinstance(getattr(config, "eos_token_id", 0), int):
-        raise ValueError(f"config.json has eos_token_id={fields['eos_token_id']!r}; the CLIP tower here has one")
-    return config
+AnyConfig = Config | VisionConfig | TextConfig
+PARTS = ("vision", "vision_projected", "text")
 
 
-def tower_to_json(config: VisionConfig | TextConfig) -> dict[str, Any]:
-    """The fields of a ``config.json`` that says the same."""
-    fields = dataclasses.asdict(config)
-    architecture = config.with_projection if fields.pop("projected") else config.plain
-    return {**fields, "model_type": config.model_type, "architectures": [architecture]}
-
-
-def from_json(fields: Mapping[str, Any], part: str | None = None) -> Config | VisionConfig | TextConfig:
+def from_json(fields: Mapping[str, Any], part: str | None = None) -> AnyConfig:
     """The config of a folder, or of a part of it.
 
     Args:
       fields: of ``config.json``.
-      part: ``vision``, ``vision_projected`` or ``text`` (see above), or ``None`` for all that the folder is.
+      part: one of `PARTS` (see above), or ``None`` for all that the folder is.
 
     Raises:
       ValueError: no such part, or what is not computed here.
     """
-    if part not in (None, "vision", "vision_projected", "text"):
-        raise ValueError(f"unknown part {part!r} of CLIP; allowed: vision, vision_projected, text")
-    found = {"clip_vision_model": VisionConfig, "clip_text_model": TextConfig}.get(fields["model_type"])
-    if found is not None:
-        config = tower_from_json(found, fields)
-        wanted = {None: config.projected, "vision": False}.get(part, True)
-        if part is not None and not part.startswith("vision" if found is VisionConfig else "text"):
-            raise ValueError(f"a folder of {fields['model_type']} has no part {part!r}")
-        if wanted > config.projected:
-            raise ValueError(f"a folder of {found.plain} has no projection, which part {part!r} needs")
-        return dataclasses.replace(config, projected=wanted)
-    width = fields.get("projection_dim", 512)
-    towers = {}
-    for name, kind in (("vision_config", VisionConfig), ("text_config", TextConfig)):
-        # The older key wins, as in transformers.
-        tower = tower_from_json(kind, fields.get(f"{name}_dict") or fields.get(name) or {})
-        towers[name] = dataclasses.replace(tower, projection_dim=width, projected=True)
+    if part not in (None, *PARTS):
+        raise ValueError(f"unknown part {part!r} of CLIP; allowed: {', '.join(PARTS)}")
+    if fields["model_type"] == "clip":
+        return _of_both(fields, part)
+    kind = VisionConfig if fields["model_type"] == VisionConfig.model_type else TextConfig
+    config = kind.from_json(fields)
     if part is None:
-        return Config(**towers, projection_dim=width)
-    return dataclasses.replace(towers[f"{part[:6].rstrip('_')}_config"], projected=part != "vision")
+        return config
+    wanted = part != "vision"
+    if part.startswith("vision") != (kind is VisionConfig) or wanted > config.projected:
+        raise ValueError(f"a folder of {kind.architectures[config.projected]} has no part {part!r}")
+    return dataclasses.replace(config, projected=wanted)
+
+
+def _of_both(fields: Mapping[str, Any], part: str | None) -> AnyConfig:
+    width = fields.get("projection_dim", 512)
+
+    def tower(kind: type[Tower], name: str, projected: bool = True) -> Any:
+        # Where both keys stand, the older one wins, as in transformers.
+        config = kind.from_json(fields.get(f"{name}_dict") or fields.get(name) or {})
+        return dataclasses.replace(config, projection_dim=width, projected=projected)
+
+    if part is None:
+        return Config(tower(VisionConfig, "vision_config"), tower(TextConfig, "text_config"), width)
+    kind, name = (TextConfig, "text_config") if part == "text" else (VisionConfig, "vision_config")
+    return tower(kind, name, part != "vision")
 
 
 def _rules(tower: str, at: str = "", to: str = "") -> tuple[names.Rule, ...]:
@@ -149,20 +164,17 @@ def _rules(tower: str, at: str = "", to: str = "") -> tuple[names.Rule, ...]:
             *names.norm("post_layernorm", "norm"),
         ]
     else:
-        rules += [
-            names.Rule("embeddings.token_embedding.weight", "embeddings/word"),
-            *names.norm("final_layer_norm", "norm"),
-        ]
+        word = names.Rule("embeddings.token_embedding.weight", "embeddings/word")
+        rules += [word, *names.norm("final_layer_norm", "norm")]
     return tuple(names.Rule(at + rule.name, to + rule.path, rule.op) for rule in rules)
 
 
 def _projection(tower: str, to: str = "") -> names.Rule:
-    return names.Rule(
-        f"{'visual' if tower == 'vision' else 'text'}_projection.weight", f"{to}projection/kernel", "transpose"
-    )
+    name = {"vision": "visual_projection.weight", "text": "text_projection.weight"}[tower]
+    return names.Rule(name, f"{to}projection/kernel", "transpose")
 
 
-def table(config: Config | VisionConfig | TextConfig) -> names.Table:
+def table(config: AnyConfig) -> names.Table:
     """Names of a config's tensors; what belongs to the other tower is left out."""
     # Position numbers are constants, stored by old versions.
     numbers = r"(vision_model\.|text_model\.)?embeddings\.position_ids"
@@ -172,15 +184,13 @@ def table(config: Config | VisionConfig | TextConfig) -> names.Table:
             rules += [*_rules(tower, f"{tower}_model.", f"{tower}/"), _projection(tower, f"{tower}/")]
         return names.Table(tuple(rules), ignore=(numbers,))
     tower, other = ("vision", "text") if isinstance(config, VisionConfig) else ("text", "vision")
-    ignore = (numbers, "logit_scale", rf"{other}_model\..*", _projection(other).name.replace(".", r"\."))
+    ignore = (numbers, "logit_scale", rf"{other}_model\..*", re.escape(_projection(other).name))
     if config.projected:
-        rules = (*_rules(tower, f"{tower}_model."), _projection(tower))
-        return names.Table(rules, ignore, prefix=f"{tower}_model.")
-    own = _projection(tower).name.replace(".", r"\.")
-    return names.Table(_rules(tower), (*ignore, own), prefix=f"{tower}_model.")
+        return names.Table((*_rules(tower, f"{tower}_model."), _projection(tower)), ignore, f"{tower}_model.")
+    return names.Table(_rules(tower), (*ignore, re.escape(_projection(tower).name)), f"{tower}_model.")
 
 
-def make(config: Config | VisionConfig | TextConfig, dtype: Any = jnp.float32) -> Model:
+def make(config: AnyConfig, dtype: Any = jnp.float32) -> Model:
     """The model of a config; `dtype` is that of its params."""
     both = isinstance(config, Config)
     return Model(
@@ -194,7 +204,7 @@ def make(config: Config | VisionConfig | TextConfig, dtype: Any = jnp.float32) -
     )
 
 
-def abstract(config: Config | VisionConfig | TextConfig, dtype: Any = jnp.float32) -> Tree:
+def abstract(config: AnyConfig, dtype: Any = jnp.float32) -> Tree:
     """Shapes and dtypes of the params: of a tower, or ``{vision, text, logit_scale}``."""
 
     def array(*shape: int) -> jax.ShapeDtypeStruct:
@@ -204,21 +214,14 @@ def abstract(config: Config | VisionConfig | TextConfig, dtype: Any = jnp.float3
         towers = {"vision": abstract(config.vision_config, dtype), "text": abstract(config.text_config, dtype)}
         return {**towers, "logit_scale": array()}
     d = config.hidden_size
+    norm = {"scale": array(d), "bias": array(d)}
     if isinstance(config, VisionConfig):
         p, grid = config.patch_size, config.image_size // config.patch_size
-        embeddings = {
-            "class": array(d),
-            "patch": {"kernel": array(p, p, 3, d)},
-            "position": array(1 + grid * grid, d),
-            "norm": {"scale": array(d), "bias": array(d)},
-        }
+        patch = {"kernel": array(p, p, 3, d)}
+        embeddings = {"class": array(d), "patch": patch, "position": array(1 + grid * grid, d), "norm": dict(norm)}
     else:
         embeddings = {"word": array(config.vocab_size, d), "position": array(config.max_position_embeddings, d)}
-    tree = {
-        "embeddings": embeddings,
-        "blocks": vision.abstract_blocks(config, dtype),
-        "norm": {"scale": array(d), "bias": array(d)},
-    }
+    tree = {"embeddings": embeddings, "blocks": vision.abstract_blocks(config, dtype), "norm": norm}
     return {**tree, "projection": {"kernel": array(d, config.projection_dim)}} if config.projected else tree
 
 
@@ -232,9 +235,8 @@ def apply(config: Config, params: Tree, batch: Mapping[str, Array], **how: Any) 
       **how: see `taskvec.models.layers.Options`; both towers get them.
 
     Returns:
-      what `apply_tower` gives, with ``image_`` or ``text_`` before each name; ``features``, the image embeddings, or
-      those of the texts if there are no images; with both, ``logits`` float32 ``[images, texts]``, cosines times
-      ``exp(logit_scale)``.
+      what `apply_tower` gives, with ``image_`` or ``text_`` before each name; ``features``, the image embeddings, else
+      those of the texts; with both, ``logits`` float32 ``[images, texts]``, cosines times ``exp(logit_scale)``.
     """
     out = {}
     for name, key, tower in (("image", "image", "vision"), ("text", "ids", "text")):
@@ -283,21 +285,16 @@ def apply_tower(
 
 
 def _image(config: VisionConfig, weights: Tree, batch: Mapping[str, Array], options: layers.Options):
-    x = vision.pixels(batch["image"], config.image_size, MEAN, STD)
-    x = vision.embed(weights, x, options.dtype)
+    x = vision.embed(weights, vision.pixels(batch["image"], config.image_size, MEAN, STD), options.dtype)
     return layers.layer_norm(weights["norm"], x, config.layer_norm_eps), None, None
 
 
 def _text(config: TextConfig, weights: Tree, batch: Mapping[str, Array], options: layers.Options):
-    ids = batch["ids"]
-    length = ids.shape[1]
+    ids, length = batch["ids"], batch["ids"].shape[1]
     if length > config.max_position_embeddings:
         raise ValueError(f"texts of {length} tokens, but the model has {config.max_position_embeddings} positions")
     x = weights["word"].take(ids, axis=0) + weights["position"].take(jnp.arange(length), axis=0)
-    bias = jnp.where(jnp.tril(jnp.ones((length, length), bool)), 0.0, -1e9).astype(jnp.float32)
-    if "mask" in batch:
-        # The lesser of the two: their sum would leave float32's smaller numbers no room.
-        bias = jnp.minimum(bias, layers.padding_bias(batch["mask"]))
+    bias = layers.causal_bias(batch.get("mask", jnp.ones((1, length), bool)))
     # OpenAI's end of text is the highest token; configs of theirs say 2, which is no such token.
     end = ids if config.eos_token_id == 2 else ids == config.eos_token_id
     return x.astype(options.dtype or x.dtype), bias, jnp.argmax(end, axis=1)

@@ -13,7 +13,7 @@ import numpy as np
 from taskvec import tree as trees
 from taskvec.io import names, safetensors, torch_checkpoint
 from taskvec.io.safetensors_format import listing, write_text
-from taskvec.models import bert, efficientnet
+from taskvec.models import bert, clip, efficientnet, gpt2, llama, t5, vit
 from taskvec.models.base import Model
 from taskvec.tree import Tree
 
@@ -22,16 +22,30 @@ PathLike = str | os.PathLike
 # ``model_type`` of config.json -> how to make the model from its fields.
 FAMILIES = {
     "bert": lambda fields, dtype: bert.make(bert.Config.from_json(fields), dtype),
+    "roberta": lambda fields, dtype: bert.make(bert.Config.from_json(fields), dtype),
+    "gpt2": lambda fields, dtype: gpt2.make(gpt2.Config.from_json(fields), dtype),
+    "llama": lambda fields, dtype: llama.make(llama.Config.from_json(fields), dtype),
+    "mistral": lambda fields, dtype: llama.make(llama.Config.from_json(fields), dtype),
+    "qwen2": lambda fields, dtype: llama.make(llama.Config.from_json(fields), dtype),
+    "t5": lambda fields, dtype: t5.make(t5.Config.from_json(fields), dtype),
+    **dict.fromkeys(
+        ("clip", "clip_vision_model", "clip_text_model"),
+        lambda fields, dtype, part=None: clip.make(clip.from_json(fields, part), dtype),
+    ),
+    "vit": lambda fields, dtype, part=None: vit.make(vit.Config.from_json(fields, part), dtype),
     efficientnet.NAME: lambda fields, dtype: efficientnet.make(dtype=dtype),
 }
+HAVE_PARTS = ("clip", "clip_vision_model", "clip_text_model", "vit")
 TORCH = (".pth", ".pt")
 _TOKENIZER = (
-    "tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json", "modules.json",
+    "tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json", "modules.json", "vocab.json",
+    "merges.txt", "preprocessor_config.json", "processor_config.json",
+    "spiece.model", "tokenizer.model", "added_tokens.json", "generation_config.json",
     "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json",
 )  # fmt: skip
 
 
-def describe(path: PathLike, dtype: Any = jnp.float32) -> Model:
+def describe(path: PathLike, dtype: Any = jnp.float32, part: str | None = None) -> Model:
     """The model of a folder or file without reading its weights; arguments and errors as `load`."""
     path = pathlib.Path(path)
     if path.suffix in TORCH:
@@ -42,16 +56,22 @@ def describe(path: PathLike, dtype: Any = jnp.float32) -> Model:
             f"{path / 'config.json'} has model_type {fields.get('model_type')!r}; supported are {', '.join(FAMILIES)}, "
             "and a PyTorch file (.pth) of EfficientNet-Lite0"
         )
-    return FAMILIES[fields["model_type"]](fields, dtype)
+    if part is None:
+        return FAMILIES[fields["model_type"]](fields, dtype)
+    if fields["model_type"] not in HAVE_PARTS:
+        raise ValueError(f"{path}: part={part!r}, but only {', '.join(HAVE_PARTS)} have parts")
+    return FAMILIES[fields["model_type"]](fields, dtype, part)
 
 
-def load(path: PathLike, dtype: Any = jnp.float32) -> tuple[Model, Tree]:
+def load(path: PathLike, dtype: Any = jnp.float32, part: str | None = None) -> tuple[Model, Tree]:
     """Loads a model and its params.
 
     Args:
       path: a Hugging Face folder (``config.json`` and safetensors), a folder written by `save`, or the ``.pth`` file of
         EfficientNet-Lite0, whose batch normalisation is folded into the convolutions.
       dtype: of the params.
+      part: of the model, instead of all of it: see `taskvec.models.clip` and `taskvec.models.vit`. Saving it with this
+        folder as `source` copies the rest.
 
     Raises:
       FileNotFoundError: no config or no weights; says what is there.
@@ -59,7 +79,7 @@ def load(path: PathLike, dtype: Any = jnp.float32) -> tuple[Model, Tree]:
         NaN or infinity in a tensor; says which file and tensor.
     """
     path = pathlib.Path(path)
-    model = describe(path, dtype)
+    model = describe(path, dtype, part)
     if path.suffix in TORCH:
         params = efficientnet.fold(torch_checkpoint.load_state_dict(path))
     else:

@@ -31,9 +31,9 @@ class Options(NamedTuple):
       layer_params: maps one layer's slice of the stacked ``blocks`` to the weights of that layer, so that a caller can
         merge one layer at a time inside the scan. The slice itself if ``None``.
       hooks: ``{piece: hook}`` for the pieces ``block`` (a whole block, residuals and norms included), ``attention``,
-        ``mlp`` and, in a decoder with an encoder, ``cross_attention`` (without residual and norm). A hook is called as ``hook(run, weights, x)``, with ``run(weights, x)`` the
-        model's own computation and ``weights`` that piece's part of what `layer_params` gives; what else it needs
-        (adapters, routers) travels in those weights.
+        ``mlp`` and, in a decoder with an encoder, ``cross_attention`` (without residual and norm). A hook is called as
+        ``hook(run, weights, x)``, with ``run(weights, x)`` the model's own computation and ``weights`` that piece's
+        part of what `layer_params` gives; what else it needs (adapters, routers) travels in those weights.
       capture: pieces whose outputs are returned as well, stacked over the layers ``[L, B, N, D]``.
       remat: what the backward pass computes again: nothing (``None``), ``dots`` all but products of matrices, ``all``
         everything inside a block. With `layer_params`, ``None`` means ``dots``: merged weights are then made again

@@ -8,16 +8,14 @@ embeddings of their own. Checked against ``transformers`` to 1e-5.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from taskvec.io import names
-from taskvec.models import causal, layers
+from taskvec.models import causal, layers, relative
 from taskvec.models.base import Array, Model, State, Steps, fields_of
 from taskvec.tree import Tree
 
@@ -129,7 +127,7 @@ def abstract(config: Config, dtype: Any = jnp.float32) -> Tree:
 
     def stack(depth: int, attentions: tuple[str, ...]) -> Tree:
         shapes = {"query": (d, inner), "key": (d, inner), "value": (d, inner), "output": (inner, d)}
-        parts = {name: shapes for name in attentions}
+        parts = dict.fromkeys(attentions, shapes)
         parts["mlp"] = {**({"gate": (d, ff)} if config.gated else {}), "up": (d, ff), "down": (ff, d)}
         blocks = {n: {k: {"kernel": array(depth, *s)} for k, s in part.items()} for n, part in parts.items()}
         return {
@@ -138,11 +136,8 @@ def abstract(config: Config, dtype: Any = jnp.float32) -> Tree:
             "relative_bias": array(config.relative_attention_num_buckets, config.num_heads),
         }
 
-    tree = {
-        "embeddings": {"word": array(config.vocab_size, d)},
-        "encoder": stack(config.num_layers, ("attention",)),
-        "decoder": stack(config.num_decoder_layers, ("attention", "cross_attention")),
-    }
+    tree = {"embeddings": {"word": array(config.vocab_size, d)}, "encoder": stack(config.num_layers, ("attention",))}
+    tree["decoder"] = stack(config.num_decoder_layers, ("attention", "cross_attention"))
     return tree if config.tie_word_embeddings else {**tree, "head": {"kernel": array(d, config.vocab_size)}}
 
 
@@ -187,8 +182,7 @@ def _start(config: Config, params: Tree, batch: Mapping[str, Array], room: int, 
     if ids is None:
         ids = jnp.full((len(mask), 1), config.decoder_start_token_id, jnp.int32)
     length = ids.shape[1]
-    bias = layers.causal_bias(jnp.ones((1, length), bool))
-    bias += _relative_bias(config, params["decoder"], jnp.arange(length), length, causal=True)
+    bias = _causal_bias(config, params, length)
     block = functools.partial(_decoder_block, config, encoded, layers.padding_bias(mask), bias, None, True)
     x, _, kept = _stack(config, params, "decoder", block, ids, options)
     own = jax.tree.map(lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, room), (0, 0), (0, 0))), kept["own"])
@@ -216,6 +210,16 @@ def _encode(
     block = functools.partial(_encoder_block, config, bias + layers.padding_bias(batch["mask"]))
     x, captured, _ = _stack(config, params, "encoder", block, batch["ids"], options)
     return x, captured
+
+
+def _causal_bias(config: Config, params: Tree, length: int) -> Array:
+    bias = layers.causal_bias(jnp.ones((1, length), bool))
+    return bias + _relative_bias(config, params["decoder"], jnp.arange(length), length, causal=True)
+
+
+def _relative_bias(config: Config, stack: Tree, position_Q: Array, keys: int, causal: bool) -> Array:
+    longest = config.relative_attention_max_distance
+    return relative.bias(stack["relative_bias"], position_Q, keys, longest, both_ways=not causal)
 
 
 def _stack(
@@ -283,32 +287,13 @@ def _attend(config: Config, weights: Tree, x: Array, seen: Tree, bias: Array, ta
 
 
 def _mlp(config: Config, weights: Tree, x: Array) -> Array:
-    act = layers.ACTIVATIONS[MLPS[config.feed_forward_proj][0]]
-    if not config.gated:
-        return layers.dense(weights["down"], act(layers.dense(weights["up"], x)))
-    return layers.dense(weights["down"], act(layers.dense(weights["gate"], x)) * layers.dense(weights["up"], x))
+    y = layers.ACTIVATIONS[MLPS[config.feed_forward_proj][0]](
+        layers.dense(weights["gate" if config.gated else "up"], x)
+    )
+    return layers.dense(weights["down"], y * layers.dense(weights["up"], x) if config.gated else y)
 
 
 def _logits(config: Config, params: Tree, x: Array) -> Array:
     if config.tie_word_embeddings:
         return causal.tied_logits(params["embeddings"]["word"], x * config.d_model**-0.5)
     return layers.dense(layers.cast(params["head"], x.dtype), x).astype(jnp.float32)
-
-
-def _relative_bias(config: Config, stack: Tree, position_Q: Array, keys: int, causal: bool) -> Array:
-    """Bias ``[1, H, Q, K]`` of the buckets of the distances between queries and keys."""
-    buckets = config.relative_attention_num_buckets
-    distance_QxK = jnp.arange(keys)[None] - position_Q[:, None]
-    first_QxK = 0
-    if not causal:  # half of the buckets for either direction
-        buckets //= 2
-        first_QxK = jnp.where(distance_QxK > 0, buckets, 0)
-    distance_QxK = jnp.maximum(-distance_QxK, 0) if causal else jnp.abs(distance_QxK)
-    # A bucket each for short distances, then buckets that grow with the logarithm; the bounds are computed once, here.
-    exact = buckets // 2
-    far = np.arange(exact, max(config.relative_attention_max_distance, exact) + 1, dtype=np.float32)
-    grow = np.log(far / np.float32(exact)) / math.log(config.relative_attention_max_distance / exact)
-    which = np.minimum(exact + (grow * (buckets - exact)).astype(np.int32), buckets - 1)
-    bucket_of = jnp.asarray(np.concatenate([np.arange(exact), which]), jnp.int32)
-    bucket_QxK = first_QxK + bucket_of.take(jnp.minimum(distance_QxK, len(bucket_of) - 1))
-    return stack["relative_bias"].take(bucket_QxK, axis=0).astype(jnp.float32).transpose(2, 0, 1)[None]

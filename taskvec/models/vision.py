@@ -117,7 +117,7 @@ def embed(weights: Tree, x_BxHxWx3: Array, dtype: Any) -> Array:
     """Class token and patches, with positions: ``[B, H, W, 3] -> [B, 1 + P, d]``.
 
     Args:
-      weights: ``patch``, a dense layer with kernel ``[p, p, 3, d]``; ``class``, d numbers; ``position``, ``[1 + P, d]``.
+      weights: ``patch``, a dense layer of kernel ``[p, p, 3, d]``; ``class``, d numbers; ``position`` ``[1 + P, d]``.
       x_BxHxWx3: normalised pixels.
       dtype: of the computation, that of the weights if ``None``.
     """

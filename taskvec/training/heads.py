@@ -1,10 +1,10 @@
-"""Frozen classification heads made from the pretrained model's own features: the stand-in for zero-shot text heads.
+"""Frozen classification heads: from class-name prompts (CLIP), or from the pretrained model's own features.
 
-A class is the direction of its mean unit-norm feature; logits are scaled cosines. Heads of T tasks with different
-numbers of classes are padded to one width, so that all tasks share one compiled program.
+A class is the direction of its mean unit-norm feature, of prompts or of training rows; logits are scaled cosines. Heads
+of T tasks with different numbers of classes are padded to one width, so that all tasks share one compiled program.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -56,6 +56,44 @@ def class_means(features: np.ndarray, labels: np.ndarray, num_classes: int) -> n
     sums = np.zeros((num_classes, features.shape[1]), np.float32)
     np.add.at(sums, labels, unit)
     return np.asarray(normalise(jnp.asarray(sums / counts[:, None]))).T
+
+
+def zero_shot(
+    encode_text: Callable[[dict[str, np.ndarray]], Array],
+    tokenize: Callable[[list[str]], dict[str, np.ndarray]],
+    classes: Sequence[str],
+    templates: Sequence[str],
+    batch_size: int = 256,
+) -> np.ndarray:
+    """One task's kernel ``[d, C]`` from prompts: ``w_c = normalise(mean_t normalise(E(template_t with c)))``.
+
+    Ilharco's line (open_clip) and FusionBench (Hugging Face CLIP) build it alike; what differs is the class names, and
+    for neither are the rows multiplied here: the logits' factor ``exp(logit_scale)``, 100 for OpenAI's weights, is
+    `make_heads`' scale. ``taskvec.data.clip_suites`` has names and templates of the published tasks.
+
+    Args:
+      encode_text: batch of tokens -> projected features ``[B, d]`` (not normalised); jit it: batches have one shape.
+      tokenize: texts -> arrays with a leading row axis, the same widths whatever the texts (CLIP pads to 77).
+      classes: C names as they stand in a prompt.
+      templates: with one ``{}`` for the name.
+      batch_size: prompts at once; the last batch is filled with repeats.
+
+    Raises:
+      ValueError: no class, no template, or a template without exactly one ``{}``.
+    """
+    bad = [t for t in templates if t.count("{}") != 1]
+    if bad or not templates or not classes:
+        raise ValueError(
+            f"want classes and templates with one {{}} each; found {len(classes)} classes, {bad or templates}"
+        )
+    prompts = [template.replace("{}", name) for name in classes for template in templates]
+    size, features = min(batch_size, len(prompts)), []
+    for at in range(0, len(prompts), size):
+        part = prompts[at : at + size]
+        rows = encode_text(tokenize(part + [part[0]] * (size - len(part))))
+        features.append(np.asarray(normalise(jnp.asarray(rows, jnp.float32)))[: len(part)])
+    unit_CxTxd = np.concatenate(features).reshape(len(classes), len(templates), -1)
+    return np.asarray(normalise(jnp.asarray(unit_CxTxd.mean(1)))).T
 
 
 def make_heads(kernels: Sequence[np.ndarray], scale: float = 20.0) -> Heads:

@@ -1,4 +1,4 @@
-"""BERT against the numbers that transformers computed in float64 (tests/parity/record.py)."""
+"""BERT and RoBERTa against the numbers that transformers computed in float64 (record.py, record_language.py)."""
 
 import json
 import pathlib
@@ -12,7 +12,7 @@ from taskvec import models, tree as trees
 from taskvec.models import bert
 
 RECORDED = pathlib.Path(__file__).parent / "recorded"
-TINY = ("bert_even", "bert_odd")
+TINY = ("bert_even", "bert_odd", "roberta_tiny")
 
 
 def recorded(name):
@@ -40,11 +40,12 @@ def test_minilm_equals_transformers(minilm_folder):
     assert len(trees.tensors(params)) == 101
 
 
-def test_padding_changes_nothing():
-    out = recorded("bert_even")
-    model, params = models.load(RECORDED / "bert_even")
-    ids, mask = out["ids"][:, :20], out["mask"][:, :20]
-    pad = ((0, 0), (0, 12))
+@pytest.mark.parametrize(("name", "length"), [("bert_even", 20), ("roberta_tiny", 12)])
+def test_padding_changes_nothing(name, length):
+    out = recorded(name)
+    model, params = models.load(RECORDED / name)
+    ids, mask = out["ids"][:, :length], out["mask"][:, :length]
+    pad = ((0, 0), (0, 6))
     longer = {"ids": np.pad(ids, pad, constant_values=7), "mask": np.pad(mask, pad)}
     a = model.apply(params, {"ids": ids, "mask": mask})["features"]
     b = model.apply(params, longer)["features"]
@@ -106,12 +107,25 @@ def test_too_long_a_text():
         model.apply(params, {"ids": jnp.zeros((1, 20), jnp.int32), "mask": jnp.ones((1, 20), bool)})
 
 
+def test_positions_of_roberta():
+    """They count what is no padding, wherever it stands, so that fewer tokens fit than there are positions."""
+    out = recorded("roberta_tiny")
+    model, params = models.load(RECORDED / "roberta_tiny")
+    order = np.argsort(out["mask"], axis=1, kind="stable")
+    left = {key: np.take_along_axis(out[key], order, 1) for key in ("ids", "mask")}
+    np.testing.assert_allclose(jax.jit(model.apply)(params, left)["features"], out["features"], atol=1e-5)
+    assert model.name == "roberta"
+    with pytest.raises(ValueError, match="texts of 19 tokens, but the model has 18 positions"):
+        model.apply(params, {"ids": jnp.zeros((1, 19), jnp.int32), "mask": jnp.ones((1, 19), bool)})
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
         ({"hidden_act": "relu"}, "hidden_act='relu'.*only 'gelu'"),
         ({"position_embedding_type": "relative_key"}, "position_embedding_type"),
         ({"num_attention_heads": 5}, "not a multiple of 5 heads"),
+        ({"model_type": "electra"}, "model_type 'electra' is not one of bert, roberta"),
     ],
 )
 def test_configs_that_mean_another_computation(change, says):

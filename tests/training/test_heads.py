@@ -35,3 +35,27 @@ def test_every_class_needs_a_row():
         heads.class_means(np.ones((2, 3)), np.array([0, 2]), 3)
     with pytest.raises(ValueError, match=r"0\.\.1 .* up to 2"):
         heads.class_means(np.ones((3, 3)), np.array([0, 1, 2]), 2)
+
+
+def test_zero_shot_is_the_formula_of_the_published_heads():
+    """Normalise each prompt's feature, mean over templates, normalise; the same for any batch size."""
+    table = np.random.default_rng(0).normal(size=(128, 6)).astype(np.float32)
+    seen = []
+
+    def tokenize(texts):
+        seen.append(len(texts))
+        return {"ids": np.array([[ord(c) % 128 for c in text.ljust(30)] for text in texts])}
+
+    encode = lambda batch: jnp.asarray(table)[batch["ids"]].sum(1)
+    classes, templates = ("cat", "dog {x}", "fish"), ("a photo of a {}.", "{}!")
+    kernel = heads.zero_shot(encode, tokenize, classes, templates, batch_size=4)
+    assert kernel.shape == (6, 3) and seen == [4, 4]
+    for c, name in enumerate(classes):
+        z = np.array(
+            [table[[ord(ch) % 128 for ch in t.replace("{}", name).ljust(30)]].sum(0) for t in templates], np.float64
+        )
+        mean = (z / np.linalg.norm(z, axis=1, keepdims=True)).mean(0)
+        np.testing.assert_allclose(kernel[:, c], mean / np.linalg.norm(mean), atol=1e-6)
+    np.testing.assert_allclose(heads.zero_shot(encode, tokenize, classes, templates), kernel, atol=1e-6)
+    with pytest.raises(ValueError, match=r"one \{\} each"):
+        heads.zero_shot(encode, tokenize, classes, ("a photo",))
