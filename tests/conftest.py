@@ -1,7 +1,8 @@
 """Settings that must stand before jax starts.
 
 Eight CPU devices, so that sharded runs are tested without accelerators. Compilation without expensive optimisations,
-since tests compile hundreds of tiny programs and run each once. One thread a call of LAPACK: tests run side by side.
+since tests compile hundreds of tiny programs and run each once, and compiled programs kept beside pytest's own cache:
+the processes that tests run in share them. One thread a call of LAPACK: tests run side by side.
 """
 
 import os
@@ -12,6 +13,10 @@ import pytest
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
+COMPILED = pathlib.Path(__file__).parent.parent / ".pytest_cache" / "compiled"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILED))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
