@@ -1,6 +1,14 @@
 """What config files share: parsing of ``file.py:key=value,flag`` and the defaults of a merging benchmark."""
 
+import dataclasses
+
 import ml_collections
+from ml_collections import config_dict
+
+from experiments.experts import KINDS
+from taskvec.training import recipes
+
+RECIPE_TYPES = {f.name: int if f.name in ("steps", "batch_size") else float for f in dataclasses.fields(recipes.Recipe)}
 
 _TRUTH = {"": True, "true": True, "1": True, "false": False, "0": False}
 
@@ -35,17 +43,7 @@ def benchmark(name: str, seeds: int) -> ml_collections.ConfigDict:
     A setting given as a tuple is searched on held-out training rows, never on test rows. A label is the name of its
     method unless ``method`` says otherwise.
     """
-    if seeds < 1:
-        raise ValueError(f"seeds={seeds}, must be at least 1")
-    config = ml_collections.ConfigDict()
-    config.name = name
-    config.seeds = tuple(range(seeds))
-    config.model = ""
-    config.head_scale = 20.0  # factor on the cosines of the fixed heads
-    config.eval_batch_size = 64
-    config.finetune = ml_collections.ConfigDict(
-        {"steps": 40, "batch_size": 32, "learning_rate": 1e-4, "warmup_fraction": 0.1, "weight_decay": 0.0, "clip": 1.0}
-    )
+    config = experts(name, seeds, "small")
     scales = (0.3, 0.5, 0.7, 1.0)
     ada = {"method": "adamerging", "mode": "tensor", "init": 0.3, "learning_rate": 1e-3, "steps": 500, "per_task": 16}
     cut = {"method": "surgery", "on": "adamerging", "rank": 16, "steps": 1000, "learning_rate": 1e-3}
@@ -79,6 +77,41 @@ def benchmark(name: str, seeds: int) -> ml_collections.ConfigDict:
     return config
 
 
+def experts(name: str, seeds: int, recipe: str, train: str = "full") -> ml_collections.ConfigDict:
+    """The part that is about fine-tuning: model, heads, what is trained and how (see `experiments.finetune`).
+
+    Args:
+      name: of the experiment.
+      seeds: how many.
+      recipe: one of `taskvec.training.recipes.RECIPES`.
+      train: one of `experiments.experts.KINDS`.
+    """
+    if seeds < 1:
+        raise ValueError(f"seeds={seeds}, must be at least 1")
+    if train not in KINDS:
+        raise ValueError(f"train={train!r}; allowed: {', '.join(KINDS)}")
+    config = ml_collections.ConfigDict()
+    config.name = name
+    config.seeds = tuple(range(seeds))
+    config.model = ""
+    config.checkpoints = ml_collections.ConfigDict()  # {task: folder or hub id} of experts that are trained already
+    config.part = ""  # of the model's folder: see `taskvec.models.load`
+    config.heads = "class_means"  # or "prompts" (CLIP), "answers" (text to text: no heads)
+    config.head_scale = config_dict.FieldReference(20.0)  # factor on the cosines; None: CLIP's own
+    config.text_model = ""  # folder of the text tower for prompts, where the model's has none
+    config.eval_batch_size = 64
+    config.augment = False  # random crops of training images, as in open_clip
+    config.compute = ml_collections.ConfigDict({"dtype": "", "remat": ""})  # options of the forward pass; "": none
+    config.checkpoint_every = 200  # steps
+    config.trainable = ml_collections.ConfigDict({"kind": train, **KINDS[train]})
+    settings = dataclasses.asdict(recipes.get(recipe))
+    config.finetune = ml_collections.ConfigDict()
+    for key, value in settings.items():
+        kind = RECIPE_TYPES[key]
+        config.finetune[key] = config_dict.placeholder(kind) if value is None else kind(value)
+    return config
+
+
 def suite(kind: str, tasks: tuple[str, ...], **sizes) -> ml_collections.ConfigDict:
     """The keys of `taskvec.data.suites.Spec`; the seed comes from ``config.seeds``."""
     fields = {"kind": kind, "tasks": tasks, "source": "registry", "train": 512, "held_out": 256, "test": 500}
@@ -86,16 +119,25 @@ def suite(kind: str, tasks: tuple[str, ...], **sizes) -> ml_collections.ConfigDi
     return ml_collections.ConfigDict({**fields, **encoding, **sizes})
 
 
+def shrink_finetuning(config: ml_collections.ConfigDict, few_rows: bool = False) -> ml_collections.ConfigDict:
+    """Two steps of eight rows, of all there are or of few."""
+    config.eval_batch_size = 16
+    config.finetune.update({"steps": 2, "batch_size": 8})
+    config.finetune.warmup = min(config.finetune.warmup, 1.0)
+    if few_rows:
+        with config.suite.unlocked():
+            config.suite.update({"train": 32, "held_out": 8, "test": 16})
+    return config
+
+
 def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """The same experiment in seconds: few rows, few steps, one seed, one value a search."""
     config.seeds = (0,)
-    config.eval_batch_size = 16
-    config.finetune.steps = 2
-    config.finetune.batch_size = 8
+    shrink_finetuning(config)
     config.suite.update({"train": 32, "held_out": 16, "test": 16})
     config.suite.update({"max_length": 16} if config.suite.kind == "text" else {"image_size": 32})
     for settings in config.settings.values():
-        if "scale" in settings:
+        if isinstance(settings.get("scale"), tuple):
             settings.scale = settings.scale[:1]
         if "steps" in settings:
             settings.steps = 2

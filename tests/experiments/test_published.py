@@ -1,0 +1,68 @@
+"""The configs of published checkpoints, and of a transformer trained from nothing, on stand-ins of the true layout."""
+
+import jax
+import numpy as np
+import pytest
+
+from configs import clip, clip_small
+from experiments import benchmark, prepare
+from taskvec import models
+from taskvec.evaluation import rows as rows_lib
+from tests.data.pictures_for_tests import folders
+from tests.experiments.test_finetune import RECORDED, with_tokenizer
+
+ARCHITECTURE = "clip-vit-base-patch32"
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """Folders called like the published ones: both towers, and for two tasks an image tower that differs a little."""
+    monkeypatch.setattr(prepare, "EXPERTS", tmp_path / "experts")
+    base = with_tokenizer(tmp_path / ARCHITECTURE, "clip_both", 59, 60)
+    tower, params = models.load(base, part="vision")
+    for i, task in enumerate(("mnist", "svhn")):
+        key = jax.random.key(i)
+        tuned = jax.tree.map(lambda x, key=key: x + 0.02 * jax.random.normal(key, x.shape), params)
+        models.save(tmp_path / f"{ARCHITECTURE}_{task}", tower, tuned)
+        for split in ("train", "test"):
+            folders(tmp_path / "data" / task / split, [str(digit) for digit in range(10)], 5)
+    return tmp_path
+
+
+def arguments(published) -> str:
+    return f"checkpoints={published},source={published / 'data'},tasks=mnist+svhn,size=20,runlocal"
+
+
+def test_clip_checkpoints_are_merged_under_heads_from_prompts(published):
+    config = clip.get_config(arguments(published))
+    config.methods, config.claims = ("pretrained", "task_arithmetic", "adamerging", "individual"), (("pretrained", "individual"),)
+    benchmark.benchmark(config, published / "results")
+    found = {row.label: row for row in rows_lib.loads((published / "results" / "result.jsonl").read_text())}
+    assert found.keys() == set(config.methods) and "fusion_bench" in found["individual"].protocol
+    expert = prepare.checkpoint(prepare.load_base(config), published / f"{ARCHITECTURE}_mnist", config.part)
+    _, own = models.load(published / f"{ARCHITECTURE}_mnist")
+    _, start = models.load(published / ARCHITECTURE, part=config.part)
+    assert expert.keys() == start.keys() and expert.keys() - own.keys() == {"projection"}
+    np.testing.assert_array_equal(expert["blocks"]["mlp"]["up"]["kernel"], own["blocks"]["mlp"]["up"]["kernel"])
+
+
+def test_a_checkpoint_of_another_model(published):
+    base = prepare.load_base(clip.get_config(arguments(published)))
+    with pytest.raises(ValueError, match="clip_tower is not a fine-tuned copy of the pretrained model"):
+        prepare.checkpoint(base, RECORDED / "clip_tower", "vision_projected")
+
+
+def test_from_nothing_to_a_merged_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "EXPERTS", tmp_path / "experts")
+    monkeypatch.setenv("TASKVEC_CACHE", str(tmp_path / "cache"))
+    rng = np.random.default_rng(0)
+    for name in (*clip_small.PRETRAIN, *clip_small.TASKS):
+        rows = {f"x_{s}": rng.integers(0, 256, (n, 28, 28), np.uint8) for s, n in (("train", 60), ("test", 20))}
+        labels = {f"y_{s}": (np.arange(n) % 3).astype(np.uint8) for s, n in (("train", 60), ("test", 20))}
+        np.savez(tmp_path / f"image_{name}.npz", **rows, **labels)
+    config = clip_small.get_config(f"source={tmp_path},runlocal")
+    config.suite.tasks = config.suite.tasks[:2]
+    config.methods, config.claims = ("pretrained", "weight_average", "individual"), (("pretrained", "individual"),)
+    benchmark.benchmark(config, tmp_path / "results")
+    assert len(rows_lib.loads((tmp_path / "results" / "result.jsonl").read_text())) == 3
+    assert prepare.load_base(config).model.name == "clip_vision_model"  # from the cache, or it would train again
