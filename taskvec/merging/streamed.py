@@ -23,7 +23,8 @@ from taskvec.transforms.run import Where, run
 from taskvec.transforms.stored import Stored
 
 COPY = 1 << 24  # bytes of a tensor that takes no part, copied at once
-BLOCK = 1 << 20  # entries of a block of rows, at most: larger ones are no faster
+BLOCK = 1 << 20  # entries of a block of rows, at most: larger ones are no faster,
+WHOLE = 1 << 21  # but where tensors are measured, one in a single block is read once and not twice
 
 
 class Reader(Protocol):
@@ -89,7 +90,9 @@ def plan_streamed(
     workers = min(4, os.cpu_count() or 1)
     rows: dict[str, int] = {}
     if all(stage.by_rows for stage in transform.stages):
-        budget = min(BLOCK, memory // workers // entry)  # entries of a block
+        measures = [measure for stage in transform.stages for measure in stage.measures]
+        most = WHOLE if any(measure.scope == "tensor" for measure in measures) else BLOCK
+        budget = min(most, memory // workers // entry)  # entries of a block
         for path, tensor in plan.tensors.items():
             if sizes[path] > budget and len(tensor.shape) > 1:
                 rows[path] = _even(tensor.shape[0], max(1, budget // math.prod(tensor.shape[1:])))

@@ -5,6 +5,7 @@ import functools
 import jax.numpy as jnp
 
 from taskvec.transforms.base import Array, Leaf, Transform, check_choice, check_fraction
+from taskvec.transforms.order import magnitude_ranks
 from taskvec.transforms.sparsify import by_task, l1_ratio
 
 
@@ -37,12 +38,12 @@ def drop_by_rank(
         return Transform("drop_by_rank", lambda x, leaf, stats: x)
 
     def keep_probability(x: Array) -> Array:
-        magnitude, at = jnp.abs(x), _row_axis(x.ndim - 1, axis)
-        if at is None:
-            magnitude, at = magnitude.reshape(x.shape[0], -1), 0
-        n = magnitude.shape[at + 1]
-        rank = jnp.argsort(jnp.argsort(magnitude, axis=at + 1), axis=at + 1)
-        place = rank / (n - 1) if n > 1 else jnp.full(magnitude.shape, 0.5)
+        at = _row_axis(x.ndim - 1, axis)
+        rows = x.reshape(x.shape[0], -1) if at is None else jnp.moveaxis(x, at + 1, -1)
+        n = rows.shape[-1]
+        place = magnitude_ranks(rows) / (n - 1) if n > 1 else jnp.full(rows.shape, 0.5)
+        if at is not None:
+            place = jnp.moveaxis(place, -1, at + 1)
         return (density + window * (place - 0.5)).reshape(x.shape)
 
     def drop(x: Array, leaf: Leaf, stats: tuple) -> Array:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from taskvec.transforms.base import Array, Leaf, Measure, ModelInfo, Transform, check_choice, check_fraction
-from taskvec.transforms.order import kth_magnitude_of, kth_magnitudes_of
+from taskvec.transforms.order import kth_magnitude_of, kth_magnitudes_of, sorted_magnitudes
 
 SCOPES = ("model", "tensor")
 PerTask = float | tuple[float, ...]
@@ -105,7 +105,7 @@ def crumbs(density: PerTask, gamma: PerTask, axis: str = "tensor") -> Transform:
         return ranks if tasks > 1 else ranks[0]
 
     def of_row(x_n: Array, pair: tuple) -> Array:
-        ordered = jnp.sort(jnp.abs(x_n), axis=-1)
+        ordered = sorted_magnitudes(x_n)
         low, high = (ordered[..., at - 1, None] for at in bounds(x_n.shape[-1], *pair))
         return jnp.where((jnp.abs(x_n) >= low) & (jnp.abs(x_n) <= high), x_n, 0.0)
 
