@@ -69,8 +69,15 @@ def _probe(leaf: Leaf, check: bool) -> Array:
     return jnp.vdot(total, total)
 
 
-def _over_layers(fn: Callable, stacked: bool) -> Callable:
-    return jax.vmap(fn) if stacked else fn
+def _over_layers(fn: Callable, stages: tuple, stacked: bool) -> Callable:
+    """``fn(leaf, own)`` for every layer of a stack."""
+    if not stacked:
+        return fn
+    if all(stage.by_rows for stage in stages):
+        return jax.vmap(fn)
+    # One layer after the other: in jaxlib 0.10 two batched QR factorisations, or triangular solves, that run at once in
+    # one program wait for each other for ever on a CPU of two cores.
+    return lambda *of_layers: jax.lax.map(lambda of_layer: fn(*of_layer), of_layers)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 5, 6))
@@ -88,7 +95,7 @@ def measured(stages: tuple, round_: int, shared: Stats, own: Stats, leaf: Leaf, 
 
         return stack_tasks(_on_vectors(of_vectors, leaf))
 
-    parts, probe = _over_layers(one, stacked)(leaf, own)
+    parts, probe = _over_layers(one, stages, stacked)(leaf, own)
     if stacked and measure.scope == "model":
         parts = jax.tree.map(lambda a: functools.reduce(measure.combine, [a[i] for i in range(a.shape[0])]), parts)
     return parts, probe.sum()
@@ -122,5 +129,5 @@ def applied(stages: tuple, shared: Stats, own: Stats, leaf: Leaf, stacked: bool,
             x = (leaf.theta0.astype(jnp.float32) + x).astype(dtype or leaf.theta0.dtype)
         return x, probe
 
-    x, probe = _over_layers(one, stacked)(leaf, own)
+    x, probe = _over_layers(one, stages, stacked)(leaf, own)
     return x, probe.sum()

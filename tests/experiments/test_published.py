@@ -35,7 +35,10 @@ def arguments(published) -> str:
 
 def test_clip_checkpoints_are_merged_under_heads_from_prompts(published):
     config = clip.get_config(arguments(published))
-    config.methods, config.claims = ("pretrained", "task_arithmetic", "adamerging", "individual"), (("pretrained", "individual"),)
+    config.methods, config.claims = (
+        ("pretrained", "task_arithmetic", "adamerging", "individual"),
+        (("pretrained", "individual"),),
+    )
     benchmark.benchmark(config, published / "results")
     found = {row.label: row for row in rows_lib.loads((published / "results" / "result.jsonl").read_text())}
     assert found.keys() == set(config.methods) and "fusion_bench" in found["individual"].protocol

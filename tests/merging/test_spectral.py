@@ -1,5 +1,8 @@
 """What the oracles' well-behaved models do not show: low rank, steep spectra, fused matrices, sizes in bits."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -234,3 +237,13 @@ def test_tsv_compress_bits():
 def test_messages(method, settings, message):
     with pytest.raises(ValueError, match=message):
         merged(method, RNG.standard_normal((2, 4, 4)), **settings)
+
+
+def test_stacked_matrices_are_factorised_one_after_the_other():
+    """Batched factorisations side by side in one program have stopped for ever; in a process of its own, with a limit."""
+    program = (
+        "import jax, taskvec as tv\n"
+        "of = lambda seed: {'blocks': {'w': jax.random.normal(jax.random.key(seed), (6, 128, 128))}}\n"
+        "jax.block_until_ready(tv.merge('tsv_m', of(0), [of(i) for i in range(1, 5)]))\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
