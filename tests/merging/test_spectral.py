@@ -240,7 +240,7 @@ def test_messages(method, settings, message):
 
 
 def test_stacked_matrices_are_factorised_one_after_the_other():
-    """Batched factorisations side by side in one program have stopped for ever; in a process of its own, with a limit."""
+    """Batched factorisations side by side in one program have hung; here in a process of its own, with a limit."""
     program = (
         "import jax, taskvec as tv\n"
         "of = lambda seed: {'blocks': {'w': jax.random.normal(jax.random.key(seed), (6, 128, 128))}}\n"
