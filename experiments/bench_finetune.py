@@ -23,6 +23,7 @@ import optax
 import rich
 import rich.table
 
+from experiments import pretrain
 from taskvec import models, tree as trees
 from taskvec.models import bert, clip
 
@@ -69,7 +70,11 @@ def ours(fields: dict[str, Any], rows: int, length: int, dtype: Any) -> tuple[Ca
     """A function that takes one step and returns its seconds; and the number of weights in dense layers."""
     is_text = fields["model_type"] == "bert"
     model = bert.make(bert.Config.from_json(fields)) if is_text else clip.make(clip.from_json(fields))
-    params, batch, head = random_params(model), random_batch(fields, rows, length), random_head(model)
+    params, batch, head = (
+        pretrain.initial(model, jax.random.key(0)),
+        random_batch(fields, rows, length),
+        random_head(model),
+    )
     labels = jax.random.randint(jax.random.key(1), (rows,), 0, CLASSES)
     optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-5, weight_decay=0.1))
 
@@ -92,12 +97,6 @@ def ours(fields: dict[str, Any], rows: int, length: int, dtype: Any) -> tuple[Ca
 
     dense = sum(x.size for path, x in trees.flatten(params["blocks"]).items() if path.endswith("kernel"))
     return take, dense
-
-
-def random_params(model: models.Model) -> Any:
-    """Random params of a model."""
-    draw = lambda path, x: 0.02 * jax.random.normal(jax.random.key(len(path)), x.shape) + path.endswith("scale")
-    return trees.map_with_path(draw, model.abstract)
 
 
 def random_head(model: models.Model) -> jax.Array:

@@ -172,17 +172,8 @@ def _positions(config: Config, batch: Mapping[str, Array]) -> Array:
 
 
 def _block(config: Config, bias: Array, weights: Tree, x: Array, tap: layers.Tap, state: None) -> tuple[Array, None]:
-    def attention(weights: Tree, x: Array) -> Array:
-        q, k, v = (
-            layers.split_heads(layers.dense(weights[name], x), config.num_attention_heads)
-            for name in ("query", "key", "value")
-        )
-        return layers.dense(weights["output"], layers.attend(q, k, v, bias, q.shape[-1] ** -0.5, tap))
-
-    def mlp(weights: Tree, x: Array) -> Array:
-        return layers.dense(weights["down"], layers.gelu(layers.dense(weights["up"], x)))
-
-    for name, run in (("attention", attention), ("mlp", mlp)):
+    attention = layers.self_attention(config.num_attention_heads, bias, tap)
+    for name, run in (("attention", attention), ("mlp", layers.mlp("gelu"))):
         y = tap.drop(tap(name, run, weights[name], x))
         x = layers.layer_norm(weights[name]["norm"], x + y, config.layer_norm_eps)
     return x, state

@@ -152,10 +152,7 @@ def _block(
         scale = q.shape[-1] ** -0.5 if config.scale_attn_weights else 1.0
         return layers.dense(weights["output"], layers.attend(q, seen["key"], seen["value"], context.bias, scale, tap))
 
-    def mlp(weights: Tree, x: Array) -> Array:
-        act = layers.ACTIVATIONS[config.activation_function]
-        return layers.dense(weights["down"], act(layers.dense(weights["up"], x)))
-
+    mlp = layers.mlp(config.activation_function)
     for name, run in (("attention", attention), ("mlp", mlp)):
         y = layers.layer_norm(weights[f"{name}_norm"], x, config.layer_norm_epsilon)
         x = x + tap.drop(tap(name, run, weights[name], y))

@@ -185,6 +185,21 @@ def attend(q_BxQxHxC: Array, k_BxKxGxC: Array, v_BxKxGxC: Array, bias: Array | N
     return jnp.einsum("bhqk,bkhc->bqhc", probabilities, v_BxKxGxC).reshape(batch, queries, heads * width)
 
 
+def self_attention(heads: int, bias: Array | None, tap: Tap) -> Callable[[Tree, Array], Array]:
+    """The piece ``attention`` of an encoder: ``(weights, x) -> [B, N, D]``, with query, key, value and output."""
+
+    def run(weights: Tree, x: Array) -> Array:
+        q, k, v = (split_heads(dense(weights[name], x), heads) for name in ("query", "key", "value"))
+        return dense(weights["output"], attend(q, k, v, bias, q.shape[-1] ** -0.5, tap))
+
+    return run
+
+
+def mlp(activation: str) -> Callable[[Tree, Array], Array]:
+    """The piece ``mlp``: ``down(activation(up(x)))``."""
+    return lambda weights, x: dense(weights["down"], ACTIVATIONS[activation](dense(weights["up"], x)))
+
+
 def split_heads(x: Array, heads: int) -> Array:
     """``[B, N, H * C] -> [B, N, H, C]``."""
     return x.reshape(*x.shape[:-1], heads, -1)

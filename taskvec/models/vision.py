@@ -82,17 +82,8 @@ def abstract_blocks(config: Sizes, dtype: Any, bias: bool = True) -> Tree:
 def block(config: Sizes, bias: Array | None, weights: Tree, x: Array, tap: layers.Tap, state: None):
     """One block, as `taskvec.models.layers.run_blocks` wants it once `config` and `bias` of attention are given."""
 
-    def attention(weights: Tree, x: Array) -> Array:
-        q, k, v = (
-            layers.split_heads(layers.dense(weights[name], x), config.num_attention_heads)
-            for name in ("query", "key", "value")
-        )
-        return layers.dense(weights["output"], layers.attend(q, k, v, bias, q.shape[-1] ** -0.5, tap))
-
-    def mlp(weights: Tree, x: Array) -> Array:
-        return layers.dense(weights["down"], layers.ACTIVATIONS[config.hidden_act](layers.dense(weights["up"], x)))
-
-    for name, run in (("attention", attention), ("mlp", mlp)):
+    attention = layers.self_attention(config.num_attention_heads, bias, tap)
+    for name, run in (("attention", attention), ("mlp", layers.mlp(config.hidden_act))):
         y = layers.layer_norm(weights[f"{name}_norm"], x, config.layer_norm_eps)
         x = x + tap.drop(tap(name, run, weights[name], y))
     return x, state
