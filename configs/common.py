@@ -96,12 +96,14 @@ def experts(name: str, seeds: int, recipe: str, train: str = "full") -> ml_colle
     config.model = ""
     config.checkpoints = ml_collections.ConfigDict()  # {task: folder or hub id} of experts that are trained already
     config.part = ""  # of the model's folder: see `taskvec.models.load`
-    config.heads = "class_means"  # or "prompts" (CLIP), "answers" (text to text: no heads)
+    config.heads = "class_means"  # or "prompts" (CLIP), "trained" (of published experts), "answers" (written, no heads)
+    config.max_new_tokens = 10  # of a written answer
     config.head_scale = config_dict.FieldReference(20.0)  # factor on the cosines; None: CLIP's own
     config.text_model = ""  # folder of the text tower for prompts, where the model's has none
     config.eval_batch_size = 64
     config.augment = False  # random crops of training images, as in open_clip
-    config.compute = ml_collections.ConfigDict({"dtype": "", "remat": ""})  # options of the forward pass; "": none
+    # Options of the forward pass; "" and 0: none. All layers unrolled make steps on CPU faster and compilation longer.
+    config.compute = ml_collections.ConfigDict({"dtype": "", "remat": "", "unroll": 0})
     config.checkpoint_every = 200  # steps
     config.trainable = ml_collections.ConfigDict({"kind": train, **KINDS[train]})
     settings = dataclasses.asdict(recipes.get(recipe))

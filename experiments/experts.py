@@ -33,7 +33,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "l_lora": _LORA,
     "lt_sft": {"density": 0.08, "exclude": "norm"},
 }
-HEADS = ("class_means", "prompts", "answers")
+HEADS = ("class_means", "prompts", "answers", "trained")
 
 
 class Tuner(NamedTuple):
@@ -72,13 +72,21 @@ def make_tuner(config: Any, model: models.Model) -> Tuner:
     apply_fn = functools.partial(model.apply, **options) if options else model.apply
     objective, trained = finetune_lib.classify, apply_fn
     if config.heads == "answers":
-        if model.name != "t5":
-            raise ValueError(f"config.heads='answers' is for text-to-text models (t5), the model is {model.name}")
+        if model.steps is None:
+            raise ValueError(
+                f"config.heads='answers' is for models that write text (text-to-text, decoders), not {model.name}"
+            )
         objective = finetune_lib.answer
-        trained = finetune_lib.teacher_forced(apply_fn, model.config.decoder_start_token_id)
+        start = getattr(model.config, "decoder_start_token_id", None)
+        trained = None if start is None else finetune_lib.teacher_forced(apply_fn, start)
 
     @functools.cache
     def make(settled: Recipe) -> Callable[..., Tree]:
+        if trained is None:
+            raise ValueError(
+                f"answers are taught to text-to-text models (t5), the model is {model.name}: name experts that exist "
+                "in config.checkpoints"
+            )
         return finetune_lib.make_finetune(trained, settled, trainable=what, objective=objective)
 
     return Tuner(apply_fn, recipe, what, make, config)

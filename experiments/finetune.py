@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from absl import app
 
-from experiments import experts, keys, prepare, setup
+from experiments import experts, keys, memory, prepare, setup
 from experiments.prepare import Base, Bench
 from taskvec import models
 from taskvec.data import suites
-from taskvec.evaluation.evaluate import accuracy, encode
+from taskvec.evaluation import scorers
 from taskvec.io.progress import say
 from taskvec.io.safetensors_format import temporary_name, write_text
 from taskvec.training.trainable import linearised
@@ -29,6 +29,7 @@ from taskvec.tree import Tree
 
 def main(argv):
     """Fine-tunes the experts of a config."""
+    memory.keep_freed()
     finetune(*setup.start(argv))
 
 
@@ -57,6 +58,8 @@ def check(config: Any, workdir: pathlib.Path) -> None:
     if config.heads == "prompts":
         prepare.text_folder(config)
         suites.classes_and_templates(config.suite)
+    if config.heads == "trained":
+        raise ValueError("config.heads='trained' is of published experts; here heads are fixed before training")
     if (config.heads == "answers") != (spec.family == "glue_text_to_text"):
         raise ValueError("config.heads='answers' and config.suite.family='glue_text_to_text' need each other")
     whole = (spec.preprocess or "square") == "square" and not spec.family
@@ -126,14 +129,12 @@ def _trained(bench: Bench, t: int, place: pathlib.Path, key: str, log: "Log") ->
 
 
 def score(bench: Bench, t: int, params: Tree) -> float:
-    """Accuracy on the test rows of a task; of the linear model, where that was trained."""
-    task, base = bench.tasks[t], bench.base
-    apply_fn, weights = base.tuner.apply_fn, params
+    """Score on the test rows of a task; of the linear model, where that was trained."""
+    task, base, scorer, weights = bench.tasks[t], bench.base, bench.scorer, params
     if bench.config.trainable.kind == "tangent":
-        apply_fn, weights = _of_tangent(base), (base.pretrained, params)
-    features = encode(apply_fn, weights, bench.batches(t, "test"), len(task.test.labels))
-    heads = bench.heads._replace(kernel=bench.heads.kernel[t : t + 1], class_mask=bench.heads.class_mask[t : t + 1])
-    return float(accuracy(heads, [features], [task.test.labels])[0][0])
+        scorer, weights = scorers.of_heads(_of_tangent(base), bench.heads), (base.pretrained, params)
+    outputs = scorer.outputs(weights, bench.batches(t, "test"), len(task.test.labels))
+    return float(scorer.score(t, outputs, task.test.labels).mean())
 
 
 def _of_tangent(base: Base) -> Any:

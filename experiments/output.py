@@ -2,19 +2,20 @@
 
 import inspect
 import itertools
-import json
 import pathlib
 from typing import Any
 
 import numpy as np
 
+from experiments import learning, scoring
 from experiments.prepare import Bench
 from experiments.runs import KINDS, Outcome, grid_of
-from taskvec.adaptive.adamerging import adamerging
+from taskvec.adaptive import registry as adaptive_registry
 from taskvec.analysis import figures, report
 from taskvec.data import suites
-from taskvec.evaluation import rows as rows_lib, statistics
+from taskvec.evaluation import rows as rows_lib, scorers, statistics
 from taskvec.evaluation.evaluate import accuracy
+from taskvec.io import coefficients
 from taskvec.io.safetensors_format import write_text
 from taskvec.merging import registry
 from taskvec.modular import surgery
@@ -39,9 +40,11 @@ def check(config: Any, workdir: pathlib.Path) -> None:
             raise ValueError(f"config.methods names {label!r}, config.settings has {', '.join(config.settings)}")
         settings = dict(config.settings[label])
         name = settings.pop("method", label)
-        if name in KINDS:
+        if name in KINDS or name in adaptive_registry.methods():
+            scoring.check(config, name)
             _check_kind(label, name, settings)
-            missing = {settings["on"], "individual"} - set(config.methods) if "on" in settings else ()
+            learning.check(name, settings, config.suite.tasks)
+            missing = {settings["on"], "individual"} - set(config.methods) if name == "surgery" else ()
             if missing:
                 raise ValueError(f"{label} builds on {', '.join(map(repr, missing))}, which is not in config.methods")
             continue
@@ -61,16 +64,21 @@ def check(config: Any, workdir: pathlib.Path) -> None:
 
 
 def _check_kind(label: str, name: str, settings: dict) -> None:
-    kinds = {"adamerging": (adamerging, {"data", "per_task"}), "surgery": (surgery.train, {"data", "on"})}
-    function, needed = kinds.get(name, (lambda: None, set()))
-    allowed = needed | {p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    if name in KINDS:
+        needed = {"data", "on"} if name == "surgery" else set()
+        function = surgery.train if name == "surgery" else lambda: None
+        allowed = needed | {p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    else:
+        needed, allowed = set(), {"data", *learning.settings_of(name)}
     unknown, missing = sorted(settings.keys() - allowed), sorted(needed - settings.keys())
     if unknown or missing:
         raise ValueError(
             f"{label}: unknown settings {unknown}, missing settings {missing}; {name} takes {sorted(allowed)}"
         )
-    if "data" in settings and settings["data"] not in rows_lib.DATA_ACCESS[1:3]:
-        raise ValueError(f"{label}: data is {settings['data']!r}; allowed: {', '.join(rows_lib.DATA_ACCESS[1:3])}")
+    labelled = name in adaptive_registry.methods() and adaptive_registry.get(name).card.data == "few labelled"
+    access = rows_lib.DATA_ACCESS[3:] if labelled or name in learning.PAIRED else rows_lib.DATA_ACCESS[1:3]
+    if "data" in settings and settings["data"] not in access:
+        raise ValueError(f"{label}: data is {settings['data']!r}; allowed: {', '.join(access)}")
 
 
 class Table:
@@ -80,26 +88,30 @@ class Table:
         self.config = config
         self.rows: list[rows_lib.Row] = []
         self.correct: dict[str, list[list[np.ndarray]]] = {}  # label -> seeds -> tasks -> [N]
-        self.coefficients: dict[str, tuple] = {}
+        self.coefficients: dict[str, coefficients.Coefficients] = {}
 
     def add(self, bench: Bench, label: str, outcome: Outcome) -> str:
         """Scores an outcome on the test rows; returns a line for the terminal."""
         names = [task.name for task in bench.tasks]
-        per_task, correct = accuracy(bench.heads, outcome.test, [task.test.labels for task in bench.tasks])
+        scorer = bench.scorer if outcome.heads is None else scorers.of_heads(bench.base.model.apply, outcome.heads)
+        per_task, correct = accuracy(scorer, outcome.test, [task.test.labels for task in bench.tasks])
         self.correct.setdefault(label, []).append(correct)
         if outcome.coefficients is not None:
-            self.coefficients.setdefault(label, (*outcome.coefficients, names))
+            groups, values = outcome.coefficients
+            method, settings = method_of(self.config, label), outcome.settings
+            found = coefficients.of(bench.base.pretrained, values, groups, names, method, settings)
+            self.coefficients.setdefault(label, found)
         row = rows_lib.Row(
             label=label,
             method=method_of(self.config, label),
             settings=outcome.settings,
             model=self.config.model,
             suite=self.config.name,
-            protocol=suites.protocol(self.config.suite),
+            protocol=scoring.protocol(self.config),
             data_access=outcome.data_access,
             result=outcome.merged.kind,
-            task_id_needed=outcome.merged.kind == "task-conditioned",
-            head_trained=False,
+            task_id_needed=outcome.merged.kind == "task-conditioned" or outcome.heads is not None,
+            head_trained=outcome.heads is not None,
             accuracy=dict(zip(names, map(float, per_task), strict=True)),
             seconds=outcome.seconds,
             seed=bench.seed,
@@ -127,15 +139,15 @@ class Table:
             title=f"Test accuracy (%), {config.model}, mean of {_count(len(config.seeds), 'seed')}",
         )
         if self.coefficients:
-            groups, values, tasks = next(iter(self.coefficients.values()))
-            figures.coefficients(workdir / "coefficients.png", groups, tasks, values)
-            for label, (groups, values, tasks) in self.coefficients.items():
-                found = {"tasks": tasks, "groups": list(groups), "coefficients": np.round(values, 6).tolist()}
-                write_text(workdir / f"coefficients_{label}.json", json.dumps(found))
+            first = next(iter(self.coefficients.values()))
+            figures.coefficients(workdir / "coefficients.png", first.groups, first.tasks, first.values)
+            for label, found in self.coefficients.items():
+                coefficients.save(workdir / f"coefficients_{label}", found)
 
     def claims(self) -> list[tuple[str, str, float, float]]:
         """The config's claims with their paired differences: ``(lower, higher, difference, standard error)``."""
-        static = [x for x in self.config.methods if method_of(self.config, x) not in KINDS]
+        learned = {*KINDS, *adaptive_registry.methods()}
+        static = [x for x in self.config.methods if method_of(self.config, x) not in learned]
         mean = {x: np.mean([row.mean_accuracy for row in self.rows if row.label == x]) for x in static}
         named = {BEST_STATIC: max(mean, key=mean.get)} if mean else {}
         pairs = [tuple(named.get(x, x) for x in claim) for claim in self.config.claims]

@@ -5,15 +5,19 @@ import shutil
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from experiments import experts, keys, pretrain
+from experiments import experts, keys, pretrain, scoring
 from taskvec import models, tree as trees, vectors
 from taskvec.data import batches, suites, text, wheels
 from taskvec.data.base import Task
-from taskvec.evaluation.evaluate import encode
-from taskvec.io.folders import from_hub
+from taskvec.evaluation.scorers import Scorer, encode
+from taskvec.io import names
+from taskvec.io.folders import from_hub, open_model
+from taskvec.io.lora import ADAPTER_CONFIG
 from taskvec.io.progress import say
+from taskvec.models import classifiers
 from taskvec.training import heads as heads_lib
 from taskvec.tree import Tree
 
@@ -42,10 +46,11 @@ class Bench(NamedTuple):
     Attributes:
       base: what is shared.
       tasks: T tasks with encoded rows.
-      heads: fixed heads of all tasks; None where the model itself gives the answers.
+      heads: fixed heads of all tasks; None where there are none.
       experts: T fine-tuned parameter trees.
       seed: of rows and batches.
       config: of the experiment.
+      scorer: of the tasks' rows.
     """
 
     base: Base
@@ -54,6 +59,7 @@ class Bench(NamedTuple):
     experts: list[Tree]
     seed: int
     config: Any
+    scorer: Scorer | None = None
 
     def batches(self, task: int, split: str) -> list[dict[str, np.ndarray]]:
         """All rows of one task's ``train``, ``held_out`` or ``test`` split."""
@@ -85,36 +91,38 @@ def load_base(config: Any) -> Base:
     """Loads the model of a config."""
     folder = pretrain.folder(config) if "pretrain" in config else model_folder(config.model)
     model, pretrained = models.load(folder, part=config.part or None)
+    if config.heads == "trained":
+        model = classifiers.with_features_for(model)
     return Base(folder, model, pretrained, experts.make_tuner(config, model))
 
 
 def prepare(config: Any, base: Base, seed: int) -> Bench:
     """Loads the tasks of a seed, makes the heads, and fine-tunes or loads one expert a task."""
-    if config.trainable.kind == "tangent" or config.heads == "answers":
+    if config.trainable.kind == "tangent":
         raise ValueError(
-            "a benchmark scores the model itself under heads: not with config.trainable.kind='tangent', whose experts "
-            "are linear models, nor with config.heads='answers'; experiments.finetune takes both"
+            "a benchmark scores the model itself: not with config.trainable.kind='tangent', whose experts are linear "
+            "models; experiments.finetune takes it"
         )
     bench = load_tasks(config, base, seed)
     return bench._replace(experts=[expert(bench, t) for t in range(len(bench.tasks))])
 
 
 def load_tasks(config: Any, base: Base, seed: int) -> Bench:
-    """Loads the tasks of a seed and makes the heads."""
+    """Loads the tasks of a seed, makes the heads, and settles how rows are scored."""
     tokenizer = base.folder if config.suite.kind == "text" else None
     bench = Bench(base, suites.load_suite({**config.suite, "seed": seed}, tokenizer), None, [], seed, config)
-    if config.heads == "answers":
-        return bench
+    if config.heads not in FIXED:
+        return bench._replace(scorer=scoring.make(bench, None, model_folder))
     odd = [task.name for task in bench.tasks if task.train.labels.dtype.kind == "f"]
     if odd:
         raise ValueError(f"{', '.join(odd)} have numbers for labels, and heads are for classes; leave them out")
-    make = {"prompts": from_prompts, "class_means": from_class_means}[config.heads]
-    kernels, scale = make(bench)
+    kernels, scale = FIXED[config.heads](bench)
     for task, kernel in zip(bench.tasks, kernels, strict=True):
         if kernel.shape[1] != len(task.classes):
             raise ValueError(f"task {task.name} has {len(task.classes)} classes, but names of {kernel.shape[1]}")
     scale = scale if config.head_scale is None else config.head_scale
-    return bench._replace(heads=heads_lib.make_heads(kernels, scale))
+    heads = heads_lib.make_heads(kernels, scale)
+    return bench._replace(heads=heads, scorer=scoring.make(bench, heads, model_folder))
 
 
 def from_class_means(bench: Bench) -> tuple[list[np.ndarray], float]:
@@ -147,6 +155,9 @@ def from_prompts(bench: Bench) -> tuple[list[np.ndarray], float]:
     return kernels, float(np.exp(params["logit_scale"]))
 
 
+FIXED = {"prompts": from_prompts, "class_means": from_class_means}  # config.heads that do not depend on experts
+
+
 def text_folder(config: Any) -> pathlib.Path:
     """Where the text tower for prompts is; raises `ValueError` if there is none."""
     folder = model_folder(config.text_model or config.model)
@@ -162,6 +173,8 @@ def expert(bench: Bench, t: int) -> Tree:
     base, config, task = bench.base, bench.config, bench.tasks[t]
     if task.name in config.checkpoints:
         return checkpoint(base, model_folder(config.checkpoints[task.name]), config.part)
+    if config.heads == "trained":
+        raise ValueError(f"config.heads='trained' is of experts that exist: set config.checkpoints for {task.name}")
     place = cached(bench, t)
     if (place / "config.json").is_file():
         say(f"expert {task.name} (seed {bench.seed}): from the cache")
@@ -177,11 +190,21 @@ def expert(bench: Bench, t: int) -> Tree:
 def checkpoint(base: Base, folder: pathlib.Path, part: str) -> Tree:
     """An expert that somebody else trained; what its file leaves out (CLIP's projection) is as it was pretrained.
 
+    Args:
+      base: of the benchmark.
+      folder: with the model, or with a LoRA adapter of it.
+      part: of the model.
+
     Raises:
       ValueError: it is no copy of the pretrained model.
     """
-    whole = models.describe(folder).name == "clip"
-    params = {**base.pretrained, **models.load(folder, part=part if whole and part else None)[1]}
+    if (folder / ADAPTER_CONFIG).is_file():
+        reader = open_model(folder, open_model(base.folder))
+        tensors = {name: reader.read(name) for name in names.places(base.model.table, reader.specs)}
+        params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), names.to_paths(base.model.table, tensors))
+    else:
+        whole = models.describe(folder).name == "clip"
+        params = {**base.pretrained, **models.load(folder, part=part if whole and part else None)[1]}
     vectors.check_same_model(trees.flatten(base.pretrained), trees.flatten(params), str(folder))
     return params
 

@@ -10,14 +10,16 @@ import numpy as np
 
 import taskvec as tv
 import taskvec.modular.surgery as surgery_lib
+from experiments import learning
 from experiments.prepare import Bench
-from taskvec.adaptive.adamerging import adamerging
-from taskvec.data import batches
-from taskvec.evaluation.evaluate import evaluate
+from taskvec.adaptive import registry as adaptive_registry
+from taskvec.evaluation import scorers
+from taskvec.evaluation.evaluate import scored
 from taskvec.io.progress import bar, say
 from taskvec.merging import registry
 from taskvec.modular import results
 from taskvec.modular.results import Merged
+from taskvec.training.heads import Heads
 
 Features = list[np.ndarray]
 
@@ -33,6 +35,7 @@ class Outcome(NamedTuple):
       seconds: of merging or adapting, a search on held-out rows included; scoring on test rows is not.
       data_access: as in a result row.
       coefficients: ``(groups, [G, T])`` of an adaptive method.
+      heads: trained in place of the fixed ones.
     """
 
     merged: Merged
@@ -42,6 +45,7 @@ class Outcome(NamedTuple):
     seconds: float
     data_access: str = "none"
     coefficients: tuple | None = None
+    heads: Heads | None = None
 
 
 def run(bench: Bench, label: str, settings: Mapping[str, Any], done: Mapping[str, Outcome]) -> Outcome:
@@ -50,16 +54,16 @@ def run(bench: Bench, label: str, settings: Mapping[str, Any], done: Mapping[str
     name = settings.pop("method", label)
     if name in KINDS:
         return KINDS[name](bench, settings, done)
+    if name in adaptive_registry.methods():
+        return adaptive(bench, name, settings)
     return static(bench, name, settings)
 
 
 def _evaluated(bench: Bench, merged: Merged, **fields) -> Outcome:
-    features = lambda split: (
-        evaluate(
-            bench.base.model.apply, merged, [bench.batches(t, split) for t in range(len(bench.tasks))], bench.heads
-        ).features
-    )
-    return Outcome(merged=merged, test=features("test"), held_out=lambda: features("held_out"), **fields)
+    rows = lambda split: [bench.batches(t, split) for t in range(len(bench.tasks))]
+    scorer = bench.scorer if merged.apply_fn is None else scorers.of_heads(merged.apply_fn, bench.heads)
+    outputs = lambda split: scored(scorer, merged, rows(split)).outputs
+    return Outcome(merged=merged, test=outputs("test"), held_out=lambda: outputs("held_out"), **fields)
 
 
 def pretrained(bench: Bench, settings: dict, done: Mapping) -> Outcome:
@@ -82,7 +86,7 @@ def static(bench: Bench, name: str, settings: dict) -> Outcome:
     start = time.perf_counter()
     grid = grid_of(settings)
     fixed = {k: v for k, v in settings.items() if k not in grid}
-    best, best_score, merged = {}, -1.0, None
+    best, best_score, merged = {}, -np.inf, None
     for values in itertools.product(*grid.values()):
         trial = dict(zip(grid, values, strict=True))
         merge = tv.merge(name, bench.base.pretrained, bench.experts, **fixed, **trial)
@@ -90,8 +94,7 @@ def static(bench: Bench, name: str, settings: dict) -> Outcome:
         found = 0.0
         if grid:
             held_out = [bench.batches(t, "held_out") for t in range(len(bench.tasks))]
-            scores = evaluate(bench.base.model.apply, results.static(params), held_out, bench.heads)
-            found = float(scores.accuracy.mean())
+            found = float(scored(bench.scorer, results.static(params), held_out).accuracy.mean())
         if found > best_score:  # the first of equals: the smallest value
             best, best_score, merged = trial, found, params
     if best:
@@ -102,30 +105,19 @@ def static(bench: Bench, name: str, settings: dict) -> Outcome:
     return _evaluated(bench, results.static(merged), settings=resolved, seconds=seconds, data_access=data)
 
 
-def adaptive(bench: Bench, settings: dict, done: Mapping) -> Outcome:
-    """AdaMerging; ``data`` says whether it adapts to the test rows (transductive) or to held-out rows (inductive)."""
-    data, per_task, steps = settings["data"], settings["per_task"], settings["steps"]
-    rows = [task.test if data == "unlabelled test" else task.held_out for task in bench.tasks]
-    make = batches.unlabelled_batches(rows, per_task, steps, bench.seed)
+def adaptive(bench: Bench, name: str, settings: dict) -> Outcome:
+    """A registered adaptive method; ``data`` says which rows it may look at, by default those of its card."""
+    data = settings.pop("data", adaptive_registry.get(name).card.data)
     start = time.perf_counter()
-    with bar(f"AdaMerging, seed {bench.seed}", steps) as update:
-        found = adamerging(
-            bench.base.model.apply,
-            bench.base.pretrained,
-            tv.task_vectors(bench.base.pretrained, bench.experts),
-            bench.heads,
-            make,
-            scanned=bench.base.model.scanned,
-            on_chunk=lambda step, metrics: update(step, f"entropy {metrics['loss'][-1]:.3f}"),
-            **{k: v for k, v in settings.items() if k not in ("data", "per_task")},
-        )
+    found = learning.learn(bench, name, data, settings)
     return _evaluated(
         bench,
-        results.static(found.params),
-        settings=settings,
+        found.merged,
+        settings={**learning.settings_of(name), **settings},
         seconds=time.perf_counter() - start,
         data_access=data,
-        coefficients=(found.groups, found.coefficients),
+        coefficients=found.coefficients,
+        heads=found.heads,
     )
 
 
@@ -153,4 +145,4 @@ def surgery(bench: Bench, settings: dict, done: Mapping) -> Outcome:
     )
 
 
-KINDS = {"pretrained": pretrained, "individual": individual, "adamerging": adaptive, "surgery": surgery}
+KINDS = {"pretrained": pretrained, "individual": individual, "surgery": surgery}

@@ -50,11 +50,65 @@ class FitState(NamedTuple):
 
 
 class FitResult(NamedTuple):
-    """Attributes: learnables and optimiser state after the last step; history, ``{metric: [steps, ...] numpy}``."""
+    """What a run ends with.
+
+    Attributes:
+      learnables, opt_state: after the last step.
+      history: ``{metric: [steps, ...] numpy}``, before each step's update; of the steps done.
+      evaluations: ``{steps done: what `Evaluate.call` gave}``.
+    """
 
     learnables: Tree
     opt_state: Tree
     history: dict[str, np.ndarray]
+    evaluations: dict[int, Any] | None = None
+
+
+class Evaluate(NamedTuple):
+    """``call(steps done, learnables)`` after every `every` steps and after the last.
+
+    Where ``stop(what call gave)`` is true, the run ends there.
+    """
+
+    every: int
+    call: Callable[[int, Tree], Any]
+    stop: Callable[[Any], bool] | None = None
+
+
+class Placement(NamedTuple):
+    """Where arrays live on several devices: functions of the batches of a chunk ``[n, rows, ...]`` and of the state."""
+
+    batches: Callable[[Any], Any]
+    state: Callable[[Any], Any]
+
+
+class Loop(NamedTuple):
+    """How a run is watched and kept; no result depends on it.
+
+    Attributes:
+      chunk: most steps in one call of the compiled program, by default `default_chunk`.
+      checkpoint: object with ``should_save(step)``, ``save(step, state)`` and ``restore(state) -> (step, state)`` or
+        None, such as `taskvec.io.checkpoints.Checkpoint`.
+      on_start: called with the number of steps, before the first.
+      on_chunk: called with (steps done, metrics of the chunk ``{name: [n, ...]}``), one chunk late.
+      evaluate: see `Evaluate`; what it gives is in `FitResult.evaluations`. A resumed run evaluates what is left.
+      place: on several devices, see `taskvec.adaptive.mesh`.
+      pieces: a step takes its batch in that many pieces, each with a part of every task's rows, one after the other,
+        and averages their gradients: the memory of activations is divided, the merge repeated. Equal to one piece but
+        for rounding where objectives are means over rows (`learn.learn`).
+    """
+
+    chunk: int | None = None
+    checkpoint: Any = None
+    on_start: Callable[[int], None] | None = None
+    on_chunk: Callable[[int, dict[str, np.ndarray]], None] | None = None
+    evaluate: Evaluate | None = None
+    place: Placement | None = None
+    pieces: int = 1
+
+    def watch(self) -> dict[str, Any]:
+        """What the runner of `make_fit` takes of it."""
+        return {name: value for name, value in self._asdict().items() if name not in ("chunk", "pieces")}
 
 
 class FitDiverged(FloatingPointError):
@@ -89,8 +143,9 @@ def make_fit(
     *,
     chunk: int | None = None,
     project: Callable[[Tree], Tree] | None = None,
+    accumulate: int = 1,
 ) -> Callable[..., FitResult]:
-    """Returns a runner ``run(learnables, batches, steps, *, frozen=(), seed=0, checkpoint=None, on_chunk=None)``.
+    """Returns a runner ``run(learnables, batches, steps, *, frozen=(), seed=0, checkpoint=None, on_chunk=None, ...)``.
 
     Its compiled step is shared by all calls with equal shapes: build it once, run it for every task. See `fit`.
 
@@ -100,8 +155,11 @@ def make_fit(
       chunk: most steps in one call of the compiled program, by default `default_chunk`. A chunk ends early where the
         shape of the batches changes; that costs no further compilation, and no result depends on it.
       project: ``learnables -> learnables`` after every step.
+      accumulate: n. The optimiser steps once every n batches, along the mean of their gradients; steps, batches and
+        metrics count batches, schedules of the optimiser its own steps.
     """
     chunk = chunk or default_chunk()
+    optimiser = optax.MultiSteps(optimiser, accumulate) if accumulate > 1 else optimiser
     gradient = loss_fn if isinstance(loss_fn, Gradient) else plain_gradient(loss_fn)
 
     def step(state: FitState, frozen: Any, batch: Any, key: Array) -> tuple[FitState, Any]:
@@ -136,12 +194,18 @@ def make_fit(
         frozen: Any = (),
         seed: int = 0,
         checkpoint: Any = None,
+        on_start: Callable[[int], None] | None = None,
         on_chunk: Callable[[int, dict[str, np.ndarray]], None] | None = None,
+        evaluate: Evaluate | None = None,
+        place: Placement | None = None,
     ) -> FitResult:
+        if on_start is not None:
+            on_start(steps)
         # Copies: the caller's arrays must outlive the donation of the state.
         start_state = (learnables, optimiser.init(learnables), gradient.init(learnables))
         state = FitState(*jax.tree.map(jnp.array, start_state))
-        key, history, start = jax.random.key(seed), {}, 0
+        state = state if place is None else place.state(state)
+        key, history, start, evaluations = jax.random.key(seed), {}, 0, {}
         if steps > 0:
             shapes = jax.eval_shape(step, state, frozen, batches(0), key)[1][0]
             history = {name: np.zeros((steps, *x.shape), x.dtype) for name, x in shapes.items()}
@@ -159,7 +223,8 @@ def make_fit(
                 on_chunk(last, values)
 
         pending = None
-        for first, count, stacked in _chunks(batches, start, steps, chunk):
+        for first, count, stacked in _chunks(batches, start, steps, chunk, evaluate.every if evaluate else steps):
+            stacked = stacked if place is None else place.batches(stacked)
             state, metrics = advance(state, frozen, stacked, key, np.uint32(first), np.int32(count))
             # Fetched one chunk late, while the device works on this one.
             if pending is not None:
@@ -169,9 +234,14 @@ def make_fit(
                 record(*pending)  # first, so that no checkpoint holds a diverged state
                 pending = None
                 checkpoint.save(done, {"state": state, "history": history})
+            if evaluate is not None and (done == steps or done % evaluate.every == 0):
+                evaluations[done] = evaluate.call(done, state.learnables)
+                if evaluate.stop is not None and evaluate.stop(evaluations[done]):
+                    history = {name: x[:done] for name, x in history.items()}
+                    break
         if pending is not None:
             record(*pending)
-        return FitResult(state.learnables, state.opt_state, history)
+        return FitResult(state.learnables, state.opt_state, history, evaluations)
 
     return run
 
@@ -186,9 +256,13 @@ def fit(
     frozen: Any = (),
     chunk: int | None = None,
     project: Callable[[Tree], Tree] | None = None,
+    accumulate: int = 1,
     seed: int = 0,
     checkpoint: Any = None,
+    on_start: Callable[[int], None] | None = None,
     on_chunk: Callable[[int, dict[str, np.ndarray]], None] | None = None,
+    evaluate: Evaluate | None = None,
+    place: Placement | None = None,
 ) -> FitResult:
     """Minimises ``loss_fn(learnables, frozen, batch, key)`` over `learnables`.
 
@@ -200,27 +274,30 @@ def fit(
       batches: ``step -> batch`` of host arrays, a pure function of the step.
       steps: number of steps of the whole run, those of a restored checkpoint included.
       frozen: any tree; an argument of the compiled step, never a constant of it.
-      chunk: see `make_fit`.
-      project: ``learnables -> learnables`` after every step.
+      project, accumulate: see `make_fit`.
       seed: of the key, which is folded with the step.
-      checkpoint: object with ``should_save(step)``, ``save(step, state)`` and ``restore(state) -> (step, state)`` or
-        None, such as `taskvec.io.checkpoints.Checkpoint`.
-      on_chunk: called with (steps done, metrics of the chunk ``{name: [n, ...]}``), one chunk late.
+      chunk, checkpoint, on_start, on_chunk, evaluate, place: see `Loop`.
 
     Raises:
       FitDiverged: a metric or gradient is NaN or infinite.
     """
-    run = make_fit(loss_fn, optimiser, chunk=chunk, project=project)
-    return run(learnables, batches, steps, frozen=frozen, seed=seed, checkpoint=checkpoint, on_chunk=on_chunk)
+    run = make_fit(loss_fn, optimiser, chunk=chunk, project=project, accumulate=accumulate)
+    loop = Loop(chunk, checkpoint, on_start, on_chunk, evaluate, place)
+    return run(learnables, batches, steps, frozen=frozen, seed=seed, **loop.watch())
 
 
-def _chunks(batches: Callable[[int], Any], start: int, steps: int, chunk: int) -> Iterator[tuple[int, int, Any]]:
-    """Yields (first step, number n of steps, their batches stacked and padded to ``[chunk, ...]``)."""
+def _chunks(
+    batches: Callable[[int], Any], start: int, steps: int, chunk: int, every: int
+) -> Iterator[tuple[int, int, Any]]:
+    """Yields (first step, number n of steps, their batches stacked and padded to ``[chunk, ...]``).
+
+    A chunk ends at every multiple of `every`, and where the shape of the batches changes.
+    """
     signature = lambda batch: str(jax.tree.map(lambda x: (x.shape, x.dtype), batch))
     group, first = [], start
     for step in range(start, steps):
         batch = jax.tree.map(np.asarray, batches(step))
-        if group and (len(group) == chunk or signature(batch) != signature(group[0])):
+        if group and (len(group) == chunk or step % every == 0 or signature(batch) != signature(group[0])):
             yield first, len(group), _stack(group, chunk)
             group, first = [], step
         group.append(batch)

@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 
 from taskvec import tree as trees
-from taskvec.adaptive.coefficients import Parametrisation, check_task_axes
+from taskvec.adaptive.parametrisation import LowRank, Parametrisation, check_task_axes
+from taskvec.training.trainable import linearised
 from taskvec.tree import Tree
 
 Array = jax.Array
@@ -62,6 +63,10 @@ class LazyTable:
         """The whole merged table, for a model that also multiplies by it (tied output embeddings)."""
         return self.merge_tensor(self.theta0, self.tau, self.factor)
 
+    @property
+    def T(self) -> Array:
+        return self.__jax_array__().T
+
 
 def is_table(path: str, shape: tuple[int, ...]) -> bool:
     """The default of `merged_apply`'s `lazy`: matrices outside the blocks with at least 8192 rows."""
@@ -74,44 +79,72 @@ def merged_apply(
     *,
     scanned: bool,
     lazy: Callable[[str, tuple[int, ...]], bool] = is_table,
-) -> Callable[[Tree, tuple[Tree, Tree], Any], Any]:
+    linear: bool = False,
+) -> Callable[..., Any]:
     """Composes merge and forward pass.
 
     Args:
       apply_fn: ``(params, batch) -> outputs``; if `scanned`, it also takes `layer_params` and maps each layer's slice
-        of ``params["blocks"]`` through it inside its scan.
+        of every dict called ``blocks`` through it inside its scan.
       parametrisation: how learnables make weights.
       scanned: merge layer by layer in the model's scan. False merges the whole tree first (any model).
       lazy: ``(path, shape) -> bool``, tables of which the model only ever calls ``.take(ids, axis=0)``; only those
         with one factor a task are left unmerged.
+      linear: run the model linearised at theta0 (`taskvec.training.trainable.linearised`), for task vectors of models
+        that were fine-tuned so; merges the whole tree, whatever `scanned`.
 
     Returns:
-      ``(learnables, (theta0, tau), batch) -> outputs``. Pass the two trees as arguments of whatever is jitted: closed
-      over, they would be constants of the program.
+      ``(learnables, (theta0, tau), batch, key=None, **options) -> outputs``; the key is the parametrisation's, options
+      go to `apply_fn`. Pass the two trees as arguments of whatever is jitted: closed over, they would be constants of
+      the program.
     """
 
-    def whole(learnables, weights, batch):
-        return apply_fn(parametrisation.merge(*weights, learnables), batch)
+    def whole(learnables, weights, batch, key=None, **options):
+        return apply_fn(parametrisation.merge(*weights, learnables, key), batch, **options)
+
+    def tangent(learnables, weights, batch, key=None, **options):
+        return linearised(apply_fn, weights[0])(parametrisation.merge(*weights, learnables, key), batch, **options)
 
     # Forward and backward of a scan are two loops, between which nothing can be common: no barriers are needed.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def merge_layer(layer):
-        return jax.tree.map(parametrisation.merge_tensor, layer["theta0"], layer["tau"], layer["coef"])
+        return jax.tree.map(parametrisation.merge_tensor, layer["theta0"], layer["tau"], layer["factor"])
 
     def leaf(path, theta0, tau, factor):
-        if lazy(path, theta0.shape) and getattr(factor, "ndim", None) == 1:
+        if lazy(path, theta0.shape) and getattr(factor, "ndim", None) == 1 and not isinstance(tau, LowRank):
             return LazyTable(theta0, tau, factor, parametrisation.merge_tensor)
         return parametrisation.merge_tensor(theta0, tau, factor)
 
-    def layer_by_layer(learnables, weights, batch):
-        theta0, tau = weights
-        if trees.STACK not in theta0:
-            raise ValueError(f"scanned=True needs params[{trees.STACK!r}], found {sorted(theta0)}; pass scanned=False")
-        check_task_axes(theta0, tau)
-        coef = parametrisation.spread(learnables)
-        outside = [{k: v for k, v in part.items() if k != trees.STACK} for part in (theta0, tau, coef)]
-        params = trees.map_with_path(leaf, *outside)
-        params[trees.STACK] = {"theta0": theta0[trees.STACK], "tau": tau[trees.STACK], "coef": coef[trees.STACK]}
-        return apply_fn(params, batch, layer_params=merge_layer)
+    def layer_by_layer(learnables, weights, batch, key=None, **options):
+        check_task_axes(*weights)
+        params = packed(leaf, *weights, parametrisation.spread(learnables, key))
+        return apply_fn(params, batch, layer_params=merge_layer, **options)
 
-    return layer_by_layer if scanned else whole
+    return tangent if linear else layer_by_layer if scanned else whole
+
+
+def packed(leaf: Callable[..., Any], theta0: Tree, tau: Tree, factors: Tree) -> Tree:
+    """Weights for a model that merges its layers itself: of every stack the three trees side by side, else `leaf`.
+
+    Args:
+      leaf: ``(path, theta0, tau, factor) -> weight``, for what is outside the stacks.
+      theta0, tau, factors: see `Parametrisation`.
+
+    Raises:
+      ValueError: there is no stack.
+    """
+    found = False
+
+    def walk(path: str, *trees_: Any) -> Any:
+        nonlocal found
+        if not isinstance(trees_[0], dict):
+            return leaf(path, *trees_)
+        if path.split("/")[-1] == trees.STACK and trees.is_stacked(f"{path}/{next(iter(trees_[0]))}"):
+            found = True
+            return dict(zip(("theta0", "tau", "factor"), trees_, strict=True))
+        return {name: walk(f"{path}/{name}".lstrip("/"), *(t[name] for t in trees_)) for name in trees_[0]}
+
+    params = walk("", theta0, tau, factors)
+    if not found:
+        raise ValueError(f"scanned=True needs stacked {trees.STACK!r}, found {sorted(theta0)}; pass scanned=False")
+    return params

@@ -1,6 +1,8 @@
 """`taskvec methods`: the table of cards, and one card in full."""
 
 import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -8,23 +10,54 @@ from rich.markup import escape
 from taskvec.commands.show import table
 from taskvec.merging import registry
 
+_ADAPTIVE = "not by `taskvec merge`: run from Python (taskvec.adaptive.registry) or by a config of configs/"
+_CHOOSE = ": choose one expert with --task"
+_COLUMNS = ("what it does", "paper", "data", "result")
+
 
 def everything(console: Console) -> None:
-    """Prints a line for every registered method."""
-    made = table("", "method", "what it does", "paper", "base", "experts", "data", "result")
-    made.columns[1].justify = "left"
+    """Prints a line for every registered method, those that learn in a table of their own."""
+    made = table(
+        "Methods that need weights only: `taskvec merge --method NAME`", "method", *_COLUMNS, "base", "experts"
+    )
     for name, method in sorted(registry.methods().items()):
-        card = method.card
-        paper = f"{card.arxiv} ({card.year})" if card.arxiv else str(card.year)
-        cells = (name, escape(card.summary), paper, card.base, _experts(card), _needs(card), card.result)
-        made.add_row(*cells)
-    console.print(made)
-    console.print(f"{len(registry.methods())} methods; `taskvec methods NAME` shows one in full")
+        made.add_row(name, *_cells(method.card), method.card.base, _experts(method.card))
+    learning = table("Adaptive methods, which learn from rows of data: from Python or configs", "method", *_COLUMNS)
+    adaptive = _adaptive()
+    for name, method in sorted(adaptive.items()):
+        learning.add_row(name, *_cells(method.card))
+    for each in (made, learning):
+        each.columns[1].justify = "left"
+        console.print(each)
+    console.print(
+        f"{len(registry.methods())} methods, {len(adaptive)} adaptive; `taskvec methods NAME` shows one in full.\n"
+        "Adaptive methods are run from Python (taskvec.adaptive.registry) or by a config (configs/), not by `taskvec "
+        "merge`; the coefficients that they learn are applied to checkpoints by `taskvec merge --method coefficients`",
+        highlight=False,
+    )
+
+
+def _cells(card: registry.Card) -> tuple[str, ...]:
+    paper = f"{card.arxiv} ({card.year})" if card.arxiv else str(card.year)
+    return escape(card.summary), paper, _needs(card), card.result
+
+
+def _adaptive() -> Mapping[str, Any]:
+    # Imported late: most calls of the command are merges.
+    import taskvec.adaptive  # noqa: F401
+    from taskvec.adaptive.registry import methods
+
+    return methods()
 
 
 def one(name: str, console: Console) -> None:
     """Prints a method's card, its settings and what its documentation says; raises `ValueError` if there is none."""
-    method = registry.get(name)
+    adaptive = _adaptive()
+    learns = name not in registry.methods() and name in adaptive
+    if not learns and name not in registry.methods():
+        hint = registry.did_you_mean(name, [*registry.methods(), *adaptive])
+        raise ValueError(f"unknown method {name!r}{hint}; `taskvec methods` lists them")
+    method = adaptive[name] if learns else registry.get(name)
     card = method.card
     facts = table(name, "", "")
     facts.show_header, facts.columns[1].justify = False, "left"
@@ -35,21 +68,27 @@ def one(name: str, console: Console) -> None:
         "pretrained model": card.base,
         "fine-tuned models": _experts(card) + (", their order matters" if card.ordered else ""),
         "needs besides weights": _needs(card),
-        "result": card.result + (": choose one expert with --task" if card.result == "task-conditioned" else ""),
+        "result": card.result + (_CHOOSE if card.result == "task-conditioned" and not learns else ""),
         "trains heads": "yes" if card.heads_trained else "no",
         "released code": card.released_code or "as here",
-    }
+    } | ({"how to run": _ADAPTIVE} if learns else {})
     for field, value in rows.items():
         facts.add_row(field, escape(value))
     console.print(facts)
-    if method.defaults:
-        settings = table("Settings (--set NAME=VALUE)", "name", "default", "type")
-        for parameter in inspect.signature(method.build).parameters.values():
+    _settings(method.run if learns else method.build, method.defaults, learns, console)
+
+
+def _settings(function: Callable, defaults: Mapping[str, Any], learns: bool, console: Console) -> None:
+    if defaults:
+        settings = table("Settings" if learns else "Settings (--set NAME=VALUE)", "name", "default", "type")
+        for name, parameter in inspect.signature(function).parameters.items():
+            if name not in defaults:
+                continue
             kind = inspect.formatannotation(parameter.annotation) if parameter.annotation is not parameter.empty else ""
             default = "required" if parameter.default is parameter.empty else repr(parameter.default)
-            settings.add_row(parameter.name, escape(default), escape(kind))
+            settings.add_row(name, escape(default), escape(kind))
         console.print(settings)
-    console.print(escape(inspect.getdoc(method.build) or ""), highlight=False)
+    console.print(escape(inspect.getdoc(function) or ""), highlight=False)
 
 
 def _experts(card: registry.Card) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from taskvec.commands import coefficients
 from taskvec.commands.job import Job, Part, Zeros, notes, written
 from taskvec.commands.request import Request
 from taskvec.io.align import align
@@ -35,6 +36,7 @@ def prepare(request: Request, memory: int, pinned: Mapping[str, str] | None = No
 
         return recipe.prepare(request, memory, pinned or {})
     method = registry.get(request.method)
+    request = coefficients.read(request)
     try:
         method(**request.settings)
     except TypeError as error:
@@ -43,9 +45,12 @@ def prepare(request: Request, memory: int, pinned: Mapping[str, str] | None = No
     # What the card asks for is checked before any model is looked for.
     method.card.check(method.name, len(request.experts), bool(request.base), _by_name(request.extras))
     models = _open(request)
+    policy = LeafPolicy(include=request.include or None)
+    if request.method == coefficients.METHOD:
+        request = coefficients.named(request, models)
+        policy = LeafPolicy(include=coefficients.takes(request))
     labels, opened = list(models), list(models.values())
     has_base = len(opened) > len(request.experts)
-    policy = LeafPolicy(include=request.include or None)
     aligned = align(opened, labels, policy.takes)
     views = list(aligned.views)
     pretrained = views.pop(0) if has_base else None

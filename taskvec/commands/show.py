@@ -50,7 +50,7 @@ def plan(job: Job, console: Console, memory: int, need: int, free: int | None) -
     facts.show_header, facts.columns[1].justify = False, "left"
     rows = {
         "method": request.method or "recipe",
-        "settings": ", ".join(f"{k}={v!r}" for k, v in request.settings.items()) or "none",
+        "settings": ", ".join(f"{k}={_brief(v)}" for k, v in request.settings.items()) or "none",
         "passes over the inputs": str(passes),
         "read, all passes": gigabytes(job.read_bytes),
         "written": f"{gigabytes(job.write_bytes)} in {len(job.specs)} tensors",
@@ -62,6 +62,12 @@ def plan(job: Job, console: Console, memory: int, need: int, free: int | None) -
     console.print(facts)
     for note in job.notes:
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _brief(value: Any) -> str:
+    """A setting; of a table its length."""
+    rows = isinstance(value, list | tuple) and len(value) > 4 and all(isinstance(each, list | tuple) for each in value)
+    return f"({len(value)} rows)" if rows else repr(value)
 
 
 def _inputs(job: Job) -> Table:
@@ -95,6 +101,8 @@ def _coefficients(part: Any, labels: list[str]) -> Table:
     found = coefficients(part, groups)
     linear = all(stage.name in _LINEAR for stage in part.streaming.transform.stages)
     unknown = "measured" if linear else "by entry"
+    if [stage.name for stage in part.streaming.transform.stages] == ["sum_by_name"]:
+        unknown = "by tensor"
     made = table("What is merged", "group", "tensors", "entries", *experts)
     rows: list[tuple[list[str], list[str]]] = []
     for group in dict.fromkeys(groups.values()):

@@ -49,7 +49,7 @@ def training_batches(
 
     @functools.lru_cache(maxsize=1)  # the shuffle of the epoch last asked for
     def order(epoch: int) -> np.ndarray:
-        rng = _generator("training", seed, epoch)
+        rng = _generator(seed, epoch)
         rows_SxB = rng.permutation(n)[: per_epoch * batch_size].reshape(per_epoch, batch_size)
         if window > 1 and lengths is not None:
             for at in range(0, per_epoch, window):
@@ -105,34 +105,21 @@ def eval_batches(split: Split, batch_size: int, length_multiple: int = 16) -> It
         yield batch | {"weight": (index >= 0).astype(np.float32), "index": index}
 
 
-def unlabelled_batches(
-    splits: Sequence[Split], per_task: int, steps: int, seed: int, length_multiple: int = 16
-) -> Callable[[int], Batch]:
-    """Returns step -> inputs of ``T * per_task`` rows in the order of the tasks, without labels.
-
-    Every step draws `per_task` rows of every task anew, without replacement within the step, as AdaMerging does
-    (arXiv 2310.02575). Token rows of all tasks are padded to one length.
-    """
-    for split in splits:
-        _at_most(per_task, len(split.labels), "per_task")
-
-    def batch(step: int) -> Batch:
-        _check_step(step, steps)
-        rng = _generator("unlabelled", seed, step)
-        drawn = [_rows(split, rng.choice(len(split.labels), per_task, replace=False)) for split in splits]
-        width = max((x["mask"].shape[1] for x in drawn if "mask" in x), default=0)
-        padded = [_pad(x, _round_up(width, length_multiple)) for x in drawn]
-        return {key: np.concatenate([x[key] for x in padded]) for key in padded[0]}
-
-    return batch
+def take(split: Split, rows: np.ndarray) -> Batch:
+    """Inputs of given rows, without labels; tokens are cut to the longest of them."""
+    return _rows(split, rows)
 
 
-_STREAMS = {"training": 0, "unlabelled": 1}
+def join(parts: Sequence[Batch], length_multiple: int = 16) -> Batch:
+    """One batch of several, in their order; token rows are padded to one length."""
+    width = max((x["mask"].shape[1] for x in parts if "mask" in x), default=0)
+    padded = [_pad(x, _round_up(width, length_multiple)) for x in parts]
+    return {key: np.concatenate([x[key] for x in padded]) for key in padded[0]}
 
 
-def _generator(stream: str, seed: int, number: int) -> np.random.Generator:
-    """A stream of its own for every (purpose, seed, number): Philox takes them as key and counter."""
-    return np.random.Generator(np.random.Philox(key=[seed, number], counter=[0, 0, 0, 1 + _STREAMS[stream]]))
+def _generator(seed: int, epoch: int) -> np.random.Generator:
+    """A stream of its own for every seed and epoch: Philox takes them as key."""
+    return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, 1]))
 
 
 def _lengths(split: Split) -> np.ndarray | None:

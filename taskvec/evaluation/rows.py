@@ -54,7 +54,7 @@ class Row:
       result: of `taskvec.modular.results.KINDS`.
       task_id_needed: whether the task must be known at test time.
       head_trained: whether heads were trained.
-      accuracy: by task, fractions.
+      accuracy: by task, fractions; where labels are numbers, a correlation.
       seconds: wall-clock time of the method, evaluation excluded.
       seed: of the run.
       config_hash: of the whole configuration.
@@ -85,8 +85,10 @@ class Row:
         for name, allowed in (("data_access", DATA_ACCESS), ("result", KINDS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
-        if not self.accuracy or not all(0 <= value <= 1 for value in self.accuracy.values()):
-            raise ValueError(f"accuracies must be fractions, one a task at least; found {dict(self.accuracy)}")
+        if not self.accuracy or not all(-1 <= value <= 1 for value in self.accuracy.values()):
+            raise ValueError(
+                f"accuracies must be fractions (correlations from -1), one a task at least; found {dict(self.accuracy)}"
+            )
 
     @property
     def mean_accuracy(self) -> float:

@@ -10,8 +10,10 @@ console = Console(stderr=True, highlight=False)
 
 
 @contextlib.contextmanager
-def bar(what: str, total: int) -> Iterator[Callable[[int, str], None]]:
-    """Shows a bar with elapsed and remaining time; yields ``update(done, note)``.
+def bar(what: str, total: int | None = None) -> Iterator[Callable[..., None]]:
+    """Shows a bar with elapsed and remaining time; yields ``update(done, note="", total=None)``.
+
+    A total that is known only later comes by the first update.
 
     Where standard error is no terminal (a log file), one line is printed at the end instead.
     """
@@ -25,7 +27,7 @@ def bar(what: str, total: int) -> Iterator[Callable[[int, str], None]]:
     ]
     with Progress(*columns, console=console, refresh_per_second=4) as progress:
         task = progress.add_task(what, total=total, note="")
-        yield lambda done, note="": progress.update(task, completed=done, note=note)
+        yield lambda done, note="", total=None: progress.update(task, completed=done, note=note, total=total)
 
 
 def say(text: str) -> None:

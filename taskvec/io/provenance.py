@@ -1,5 +1,7 @@
 """``taskvec_merge.json``: what a merge was made of, from which it can be made again."""
 
+import collections
+import contextlib
 import datetime
 import hashlib
 import importlib.metadata
@@ -20,18 +22,20 @@ FORMAT = 1
 
 
 class Hashes:
-    """SHA-256 of files, computed by a thread of low priority while the merge runs."""
+    """SHA-256 of files, computed by threads of low priority while the merge runs, which it seldom outlasts by much."""
 
     def __init__(self, files: Iterable[pathlib.Path], wanted: bool = True):
-        self._files = sorted({path.resolve() for path in files}) if wanted else []
+        self._left = collections.deque(sorted({path.resolve() for path in files}) if wanted else [])
         self._found: dict[pathlib.Path, str] = {}
         self._error: OSError | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
+        self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(min(4, os.cpu_count() or 1))]
+        for thread in self._threads:
+            thread.start()
 
     def result(self) -> Mapping[pathlib.Path, str]:
         """Waits; ``{resolved path: hexadecimal digest}``, empty if none were wanted."""
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
         if self._error:
             raise self._error
         return self._found
@@ -39,12 +43,14 @@ class Hashes:
     def _run(self) -> None:
         if hasattr(os, "setpriority"):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
-        try:
-            for path in self._files:
-                with open(path, "rb") as file:
-                    self._found[path] = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            self._error = error
+        with contextlib.suppress(IndexError):  # none left
+            while not self._error:
+                path = self._left.popleft()
+                try:
+                    with open(path, "rb") as file:
+                        self._found[path] = hashlib.file_digest(file, "sha256").hexdigest()
+                except OSError as error:
+                    self._error = error
 
 
 def describe(model: Model, hashes: Mapping[pathlib.Path, str] | None = None) -> dict[str, Any]:

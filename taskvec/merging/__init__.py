@@ -5,6 +5,7 @@ from taskvec.merging.arcee_fusion import arcee_fusion
 from taskvec.merging.breadcrumbs import breadcrumbs
 from taskvec.merging.cabs import cabs
 from taskvec.merging.cart import cart
+from taskvec.merging.coefficients import coefficients
 from taskvec.merging.consensus import consensus_ta, consensus_ties
 from taskvec.merging.copa import copa
 from taskvec.merging.culturemert import culturemert
@@ -51,6 +52,7 @@ register(
     task_arithmetic,
     task_negation,
     task_analogy,
+    coefficients,
     metagpt,
     elm,
     culturemert,

@@ -80,7 +80,7 @@ class Method:
         unknown = sorted(settings.keys() - self.defaults.keys())
         if unknown:
             allowed = ", ".join(f"{k}={v!r}" for k, v in self.defaults.items()) or "none"
-            hint = _did_you_mean(unknown[0], self.defaults)
+            hint = did_you_mean(unknown[0], self.defaults)
             raise ValueError(f"{self.name} has no setting {', '.join(map(repr, unknown))}{hint}; it has {allowed}")
         return chain(self.build(**settings))
 
@@ -109,7 +109,7 @@ def methods() -> Mapping[str, Method]:
 def get(name: str) -> Method:
     """Looks a method up; an unknown name raises `ValueError` with all names there are."""
     if name not in _METHODS:
-        hint = _did_you_mean(name, _METHODS)
+        hint = did_you_mean(name, _METHODS)
         raise ValueError(f"unknown method {name!r}{hint}; there are: {', '.join(sorted(_METHODS))}")
     return _METHODS[name]
 
@@ -129,10 +129,15 @@ def resolve(which: str | Method | Transform | Chain, **settings) -> Chain:
             raise ValueError(f"settings {sorted(settings)} go into the transforms when a chain is given")
         return chain(which)
     which = get(which) if isinstance(which, str) else which
-    frozen = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
-    return _built(which, tuple(sorted(frozen.items())))
+    return _built(which, tuple(sorted((k, _frozen(v)) for k, v in settings.items())))
 
 
-def _did_you_mean(name: str, known) -> str:
+def _frozen(value: Any) -> Any:
+    """Lists as tuples, at any depth: settings come from JSON too, and must be hashable."""
+    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
+
+
+def did_you_mean(name: str, known) -> str:
+    """A hint at the closest of the known names, "" if none is close."""
     close = difflib.get_close_matches(name, list(known), 1)
     return f" (did you mean {close[0]!r}?)" if close else ""

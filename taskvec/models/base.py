@@ -53,9 +53,10 @@ class Model(NamedTuple):
         normalised. The options are those of `taskvec.models.layers.Options`.
       abstract: tree of `jax.ShapeDtypeStruct` that the params have.
       feature_dim: d.
-      scanned: whether layers are stacked under ``blocks`` and `apply` honours `layer_params`.
+      scanned: whether layers are stacked under dicts called ``blocks`` and `apply` honours `layer_params`.
       table: names of the tensors in a Hugging Face file; ``None`` for models that have no such file.
       steps: for `taskvec.models.decoding`; ``None`` for models that generate nothing.
+      packs: whether `apply` also takes several texts in a row (`taskvec.data.packing`).
     """
 
     name: str
@@ -66,6 +67,7 @@ class Model(NamedTuple):
     scanned: bool
     table: Table | None = None
     steps: Steps | None = None
+    packs: bool = False
 
 
 def fields_of(cls: type, fields: Mapping[str, Any]) -> dict[str, Any]:

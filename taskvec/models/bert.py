@@ -100,6 +100,7 @@ def make(config: Config, dtype: Any = jnp.float32) -> Model:
         abstract=abstract(config, dtype),
         feature_dim=config.hidden_size,
         scanned=True,
+        packs=True,
         table=TABLES[config.model_type],
     )
 
@@ -137,30 +138,49 @@ def apply(config: Config, params: Tree, batch: Mapping[str, Array], **how: Any) 
       config: of the model.
       params: as `abstract` describes; the tables of ``params["embeddings"]`` may be any objects with
         ``take(ids, axis=0)``.
-      batch: ``ids`` int32 ``[B, N]``, ``mask`` bool ``[B, N]`` (false at padding); every token has type 0.
-      **how: see `taskvec.models.layers.Options`.
+      batch: ``ids`` int32 ``[B, N]``, ``mask`` bool ``[B, N]`` (false at padding); every token has type 0. Or packed,
+        with several sentences in a row (`taskvec.data.packing`): ``ids`` int32 ``[R, N]``, ``sentence`` int32
+        ``[R, N]``, the number of a token's sentence (-1 at padding), and ``first`` int32 ``[S]``, where in
+        ``ids.ravel()`` a sentence begins.
+      **how: see `taskvec.models.layers.Options`. Hooks and captured pieces see packed rows as they are.
 
     Returns:
-      ``features`` float32 ``[B, d]``, the mean of the last layer over the tokens of the mask; ``tokens`` ``[B, N, d]``,
-      the last layer, whose ``[:, 0]`` is what classification heads of BERT and RoBERTa read; captured pieces.
+      ``features`` float32 ``[B, d]`` (packed: ``[S, d]``), the mean of the last layer over the tokens of a sentence;
+      ``tokens`` ``[B, N, d]`` (packed: ``[R, N, d]``), the last layer, whose ``[:, 0]`` (packed: flat, at ``first``) is
+      what classification heads of BERT and RoBERTa read; captured pieces.
 
     Raises:
       ValueError: more tokens than the model has positions.
     """
     options = layers.options_of(how)
-    length = batch["ids"].shape[1]
+    length, packed = batch["ids"].shape[1], "sentence" in batch
     if length > (longest := config.max_position_embeddings - config.first_position):
         raise ValueError(f"texts of {length} tokens, but the model has {longest} positions")
     tables = params["embeddings"]
     x = tables["word"].take(batch["ids"], axis=0)
-    x += tables["position"].take(_positions(config, batch), axis=0)
+    x += tables["position"].take((_packed_positions if packed else _positions)(config, batch), axis=0)
     x += tables["token_type"].take(jnp.zeros(1, jnp.int32), axis=0)
     x = layers.layer_norm(tables["norm"], x.astype(options.dtype or x.dtype), config.layer_norm_eps)
-    block = functools.partial(_block, config, layers.padding_bias(batch["mask"]))
+    bias = layers.packed_bias(batch["sentence"]) if packed else layers.padding_bias(batch["mask"])
+    block = functools.partial(_block, config, bias)
     x_BxNxD, captured, _ = layers.run_blocks(block, params["blocks"], layers.Tap(options, options.key).drop(x), options)
+    features = (_mean_of_sentences if packed else _mean)(x_BxNxD, batch)
+    return {"features": features, "tokens": x_BxNxD, **captured}
+
+
+def _mean(x_BxNxD: Array, batch: Mapping[str, Array]) -> Array:
     weight_BxNx1 = batch["mask"][..., None].astype(jnp.float32)
-    mean = (x_BxNxD * weight_BxNx1).sum(1) / jnp.maximum(weight_BxNx1.sum(1), 1e-9)
-    return {"features": mean, "tokens": x_BxNxD, **captured}
+    return (x_BxNxD * weight_BxNx1).sum(1) / jnp.maximum(weight_BxNx1.sum(1), 1e-9)
+
+
+def _mean_of_sentences(x_RxNxD: Array, batch: Mapping[str, Array]) -> Array:
+    """``[S, D]``; 0 for a sentence without tokens, as `_mean` gives."""
+    sentences = batch["first"].shape[0]
+    # Padding has a segment of its own, the last, which is left out.
+    segment = jnp.where(batch["sentence"] < 0, sentences, batch["sentence"]).ravel()
+    add = functools.partial(jax.ops.segment_sum, segment_ids=segment, num_segments=sentences + 1)
+    total_SxD = add(x_RxNxD.reshape(segment.size, -1).astype(jnp.float32))[:-1]
+    return total_SxD / jnp.maximum(add(jnp.ones(segment.size))[:-1, None], 1e-9)
 
 
 def _positions(config: Config, batch: Mapping[str, Array]) -> Array:
@@ -169,6 +189,18 @@ def _positions(config: Config, batch: Mapping[str, Array]) -> Array:
         return jnp.arange(batch["ids"].shape[1])
     counted_BxN = batch["mask"] & (batch["ids"] != config.pad_token_id)
     return jnp.where(counted_BxN, jnp.cumsum(counted_BxN, axis=1), 0) + config.pad_token_id
+
+
+def _packed_positions(config: Config, batch: Mapping[str, Array]) -> Array:
+    """Positions ``[R, N]``, which begin anew with every sentence."""
+    ids_RxN, sentence_RxN, first_S = batch["ids"], batch["sentence"], batch["first"]
+    begin_RxN = first_S[sentence_RxN]  # of padding, whose position does not matter, that of the last sentence
+    if config.model_type == "bert":
+        return jnp.where(sentence_RxN < 0, 0, jnp.arange(ids_RxN.size).reshape(ids_RxN.shape) - begin_RxN)
+    counted = ((sentence_RxN >= 0) & (ids_RxN != config.pad_token_id)).ravel()
+    before = jnp.cumsum(counted) - counted
+    position_RxN = (before + 1).reshape(ids_RxN.shape) - before[begin_RxN]
+    return jnp.where(counted.reshape(ids_RxN.shape), position_RxN, 0) + config.pad_token_id
 
 
 def _block(config: Config, bias: Array, weights: Tree, x: Array, tap: layers.Tap, state: None) -> tuple[Array, None]:

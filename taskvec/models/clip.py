@@ -199,7 +199,7 @@ def make(config: AnyConfig, dtype: Any = jnp.float32) -> Model:
         apply=functools.partial(apply if both else apply_tower, config),
         abstract=abstract(config, dtype),
         feature_dim=config.projection_dim if both or config.projected else config.hidden_size,
-        scanned=not both,
+        scanned=True,
         table=table(config),
     )
 

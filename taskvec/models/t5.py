@@ -112,7 +112,7 @@ def make(config: Config, dtype: Any = jnp.float32) -> Model:
         apply=functools.partial(apply, config),
         abstract=abstract(config, dtype),
         feature_dim=config.d_model,
-        scanned=False,  # two stacks, not one under ``blocks``; `apply` honours `layer_params` for the layers of both
+        scanned=True,
         table=table(config),
         steps=Steps(functools.partial(_start, config), functools.partial(_step, config)),
     )

@@ -20,11 +20,14 @@ class Merged(NamedTuple):
         the task's number) or ``input-conditioned`` (chosen by the model from the input).
       params_for: ``task -> params``; a static result gives the same tree object for all tasks.
       features_for: ``(task, features [N, d]) -> [N, d]``, a correction behind the encoder.
+      apply_fn: runs what `params_for` gives, where that is no tree of the model's own (weights with adapters);
+        ``None`` for the model's.
     """
 
     kind: str
     params_for: Callable[[int], Tree]
     features_for: Callable[[int, Array], Array] = lambda task, features: features
+    apply_fn: Callable | None = None
 
 
 def static(params: Tree) -> Merged:
@@ -40,4 +43,4 @@ def per_task(params: Sequence[Tree]) -> Merged:
 def corrected(merged: Merged, features_for: Callable[[int, Array], Array]) -> Merged:
     """A result whose features are corrected for each task (Surgery), on top of an earlier result."""
     both = lambda task, features: features_for(task, merged.features_for(task, features))
-    return Merged("task-conditioned", merged.params_for, both)
+    return merged._replace(kind="task-conditioned", features_for=both)

@@ -15,9 +15,9 @@ import optax
 
 from taskvec import tree as trees
 from taskvec.adaptive import objectives
-from taskvec.adaptive.adamerging import split_tasks
-from taskvec.adaptive.coefficients import weighted_sum
 from taskvec.adaptive.fit import FitResult, Gradient, make_fit
+from taskvec.adaptive.parametrisation import weighted_sum
+from taskvec.adaptive.rows import split_tasks
 from taskvec.training import balancers, heads as heads_lib
 from taskvec.training.balancers import Balancer
 from taskvec.training.heads import Heads

@@ -2,6 +2,7 @@
 
 from taskvec.transforms.base import Chain, Leaf, Measure, ModelInfo, Transform, chain
 from taskvec.transforms.blocks import block_prune
+from taskvec.transforms.by_name import sum_by_name
 from taskvec.transforms.competition import compete
 from taskvec.transforms.geometry import mean_on_sphere, model_stock, slerp
 from taskvec.transforms.low_rank import keep_by_rules, keep_shared_and_ranks, keep_task_ranks, recentre
@@ -77,6 +78,7 @@ __all__ = [
     "select_calculate_erase",
     "slerp",
     "split_view",
+    "sum_by_name",
     "sum_tasks",
     "swap_layers",
     "transform_task_vectors",

@@ -82,13 +82,16 @@ class Leaf:
         shape = self.tau.shape[1:]
         rows, columns = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
         root = jax.random.wrap_key_data(jnp.stack([jnp.uint32(seed), self.path_hash]), impl="threefry2x32")
-        row = (self.row0 + jnp.arange(rows)).astype(jnp.uint32)[:, None]
-        column = jnp.arange(columns, dtype=jnp.uint32)[None, :] * jnp.uint32(0x9E3779B9)
+        row = (self.row0 + jnp.arange(rows)).astype(jnp.uint32)
+        column = jnp.arange(columns, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9)
+        # Of all tasks and rows at once, so that XLA neither compiles it for every task nor repeats it for every entry.
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(root, jnp.arange(self.tau.shape[0]))
+        word0_Tx1, word1_Tx1 = jnp.split(jax.random.key_data(keys), 2, axis=1)
+        first_TxR = _mixed(row ^ word0_Tx1)
+        second_TxR = _mixed(first_TxR + word1_Tx1)
 
         def of_task(task: int) -> Array:
-            word0, word1 = jax.random.key_data(jax.random.fold_in(root, task))
-            in_row = _mixed(row ^ word0)
-            bits = _mixed(_mixed(column + in_row) ^ _mixed(in_row + word1))
+            bits = _mixed(_mixed(column + first_TxR[task, :, None]) ^ second_TxR[task, :, None])
             return ((bits >> 8).astype(jnp.float32) * jnp.float32(2**-24)).reshape(shape)
 
         return jnp.stack([of_task(task) for task in range(self.tau.shape[0])])
@@ -110,9 +113,13 @@ class Measure(NamedTuple):
         the info's ``size`` is that of the tensor and ``unseen`` is 0.
       combine: associative and commutative, elementwise: `operator.add`, `jnp.maximum`, ...
       scope: ``model`` combines all tensors; ``tensor`` gives every tensor its own statistic, and makes it possible to
-        take a tensor that is too large by rows.
+        take a tensor that is too large by rows. ``block`` is for what rows need of themselves, such as their order: it
+        is taken of every block anew and never combined; measures of a wider scope find ``None`` in its place when they
+        are finished or counted by `host`.
       host: the same as `of_leaf` in NumPy on ``(T arrays, earlier)``, used where x lies in the memory of a CPU and XLA
-        is slow at it (histograms).
+        is slow at it (histograms, sorting).
+      apart: of a tensor's measure, whether it is taken before `apply` also where one program could do both. For a
+        `finish` that takes long to compile and little to run.
     """
 
     of_leaf: Callable[[Array, Leaf, tuple], Any]
@@ -120,6 +127,7 @@ class Measure(NamedTuple):
     combine: Callable = operator.add
     scope: str = "model"
     host: Callable[[Any, tuple], Any] | None = None
+    apart: bool = False
 
 
 class Transform(NamedTuple):

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from taskvec.transforms.base import Array, Leaf, Measure, ModelInfo, Transform, check_choice
+from taskvec.transforms.base import Array, Leaf, Measure, Transform, check_choice
 from taskvec.transforms.reduce import weighted_sum
 
 SPACES = ("vectors", "weights")
@@ -37,7 +37,7 @@ def slerp(
 
 @functools.cache
 def _slerp(space: str, axis: str | int, linear_above: float) -> Transform:
-    def coefficients(gram: Array, info: ModelInfo, stats: tuple) -> Array:
+    def coefficients(gram: Array, stats: tuple) -> Array:
         if gram.shape[0] != 2:
             raise ValueError(f"slerp interpolates between two models, got {gram.shape[0]}; mean_on_sphere takes more")
         t, cosine = stats[0], _cosines(gram)[0, 1]
@@ -80,7 +80,7 @@ def _mean_on_sphere(weighted: bool, iterations: int, tolerance: float, space: st
     if iterations < 0 or tolerance < 0:
         raise ValueError(f"iterations and tolerance must not be negative, got {iterations}, {tolerance}")
 
-    def coefficients(gram: Array, info: ModelInfo, stats: tuple) -> Array:
+    def coefficients(gram: Array, stats: tuple) -> Array:
         tasks = gram.shape[0]
         if weighted and len(stats) != tasks:
             raise ValueError(f"{len(stats)} weights for {tasks} models: give one weight a model")
@@ -137,7 +137,7 @@ def model_stock(axis: str | int = "tensor", clip: bool = False, guards: str = "n
     """
     check_choice("guards", guards, ("none", "mergekit"))
 
-    def coefficients(gram: Array, info: ModelInfo, stats: tuple) -> Array:
+    def coefficients(gram: Array, stats: tuple) -> Array:
         tasks = gram.shape[0]
         cosines = _cosines(gram, floor=1e-6 if guards == "mergekit" else 0.0)
         pairs = [cosines[i, j] for i in range(tasks) for j in range(i)]
@@ -152,28 +152,33 @@ def model_stock(axis: str | int = "tensor", clip: bool = False, guards: str = "n
 
 
 def _by_gram(name: str, coefficients: Callable, space: str, axis: str | int) -> Transform:
-    """``sum_t c_t v_t``, v weights or vectors, ``c = coefficients(gram, info, stats)``, a number or a row each."""
+    """``sum_t c_t v_t``, v weights or vectors, ``c = coefficients(gram, stats)``, a number or a row each."""
     check_choice("space", space, SPACES)
     if axis not in AXES:
         raise ValueError(f"unknown axis {axis!r}; allowed: {', '.join(map(str, AXES))}")
+
+    # By itself: compiled once for all tensors, whatever their sizes.
+    compiled = jax.jit(coefficients)
 
     def of_leaf(x: Array, leaf: Leaf, stats: tuple) -> Array:
         v = x + leaf.theta0.astype(jnp.float32) if space == "weights" else x
         return _gram(v, axis if x.ndim > 1 else "tensor")
 
     def apply(x: Array, leaf: Leaf, stats: tuple) -> Array:
-        c = coefficients(of_leaf(x, leaf, stats), leaf.info, stats) if axis == -1 else stats[-1]
+        c = compiled(of_leaf(x, leaf, stats), stats) if axis == -1 else stats[-1]
         merged = weighted_sum(c, x)
         return merged + (c.sum(0) - 1) * leaf.theta0.astype(jnp.float32) if space == "weights" else merged
 
-    return Transform(name, apply, () if axis == -1 else (Measure(of_leaf, coefficients, scope="tensor"),))
+    finish = lambda gram, info, stats: compiled(gram, stats)
+    return Transform(name, apply, () if axis == -1 else (Measure(of_leaf, finish, scope="tensor", apart=True),))
 
 
 def _gram(v: Array, axis: str | int) -> Array:
     """Inner products: ``[T, T]``, ``[T, T, ..., 1]`` of every row (-1), ``[T, T, 1, ...]`` of every column (0)."""
     if axis == "tensor":
         flat = v.reshape(v.shape[0], -1)
-        return jax.lax.dot(flat, flat.T, precision=jax.lax.Precision.HIGHEST)
+        # Not `flat @ flat.T`: on a CPU the transposed copy takes longer than the products.
+        return jax.lax.dot_general(flat, flat, (((1,), (1,)), ((), ())), precision=jax.lax.Precision.HIGHEST)
     if axis == -1:
         return jnp.einsum("t...i,s...i->ts...", v, v, precision="highest")[..., None]
     return jnp.einsum("ti...,si...->ts...", v, v, precision="highest")[:, :, None]

@@ -26,7 +26,7 @@ class _Lift(NamedTuple):
         first += sum(len(stage.measures) for stage in self.stages[:at])
         stage, own = self.stages[at], []
         for measure, value in zip(stage.measures, stats[first : first + len(stage.measures)], strict=False):
-            apart = measure.scope == "tensor" and part is not None and value is not None
+            apart = measure.scope != "model" and part is not None and value is not None
             own.append(jax.tree.map(lambda a: a[part], value) if apart else value)
         return stats[constants : constants + len(stage.constants)] + tuple(own)
 

@@ -56,6 +56,11 @@ class Plan(NamedTuple):
     info: ModelInfo
 
 
+def path_hash(path: str) -> int:
+    """By which `Leaf.path_hash` knows a per-layer path; uint32."""
+    return zlib.crc32(path.encode())
+
+
 def make_plan(stages: Chain, specs: Mapping[str, Any], num_tasks: int, policy: LeafPolicy = LeafPolicy()) -> Plan:
     """Describes every leaf that takes part, from shapes and dtypes alone.
 
@@ -89,9 +94,9 @@ def make_plan(stages: Chain, specs: Mapping[str, Any], num_tasks: int, policy: L
             continue
         size += count
         depth = np.array([-1 if trees.depth(n) is None else trees.depth(n) for n in names], np.int32)
-        path_hash = np.array([zlib.crc32(n.encode()) for n in names], np.uint32)
+        hashes = np.array([path_hash(n) for n in names], np.uint32)
         holds = frozenset(p for p in predicates if all(p(name, shape) for name in names))
-        tensors[path] = Tensor(stacked, shape, *((depth, path_hash) if stacked else (depth[0], path_hash[0])), holds)
+        tensors[path] = Tensor(stacked, shape, *((depth, hashes) if stacked else (depth[0], hashes[0])), holds)
     if not tensors:
         some = ", ".join(list(specs)[:5])
         raise ValueError(f"no floating-point leaf matches include={policy.include!r}; the model has {some}, ...")

@@ -66,18 +66,29 @@ class _Run:
         self._leaf_of, self._last = leaf_of, threading.local()
 
     def leaf_of(self, path: str, rows: slice | None) -> Leaf:
-        """A leaf or block; a tensor in one piece is kept until this thread asks for another, so it is read once."""
-        if getattr(self._last, "path", None) == path:
-            return self._last.leaf
-        self._last.path, self._last.leaf = None, None  # free before the next is read
-        leaf = self._leaf_of(path, rows)
-        if len(self.rows_of(path)) == 1:
-            self._last.path, self._last.leaf = path, leaf
-        return leaf
+        """A leaf or block; kept until this thread asks for another, so that a tensor in one piece is read once."""
+        if getattr(self._last, "place", None) != (path, rows):
+            self.forget()  # before the next is read
+            self._last.leaf = self._leaf_of(path, rows)
+            self._last.own = tuple({} for _ in self.stages)
+            self._last.place = (path, rows)
+        return self._last.leaf
 
     def forget(self) -> None:
         """Frees what this thread has kept."""
-        self._last.path, self._last.leaf = None, None
+        self._last.place = self._last.leaf = self._last.own = None
+
+    def known(self, path: str, rows: slice | None, upto: int) -> Stats:
+        """The tensor's own measures in the first `upto` stages, and those that NumPy takes of this block."""
+        self.leaf_of(path, rows)
+        of_block = self._last.own[:upto]
+        for at, stage in enumerate(self.stages[:upto]):
+            for round_, measure in enumerate(stage.measures):
+                position = self.position(at, round_)
+                if measure.scope == "block" and self.by_host(measure) and position not in of_block[at]:
+                    found, _ = self.part_on_host(path, rows, at, round_, False)
+                    of_block[at][position] = jax.device_put(found)
+        return tuple({**own, **more} for own, more in zip(self.own[path], of_block, strict=False))
 
     def rounds(self) -> Iterator[tuple[int, int]]:
         """(stage, measure) of the measures that need the whole model, in order."""
@@ -99,7 +110,8 @@ class _Run:
     def prepare(self, path: str, upto: tuple[int, int]) -> None:
         """Takes the tensor's own measures before `upto` that the compiled programs cannot take by themselves."""
         for at, stage in enumerate(self.stages[: upto[0] + 1]):
-            apart = len(self.rows_of(path)) > 1 or any(self.by_host(m) for m in stage.measures)
+            own = [measure for measure in stage.measures if measure.scope == "tensor"]
+            apart = len(self.rows_of(path)) > 1 or any(self.by_host(m) or (self.where.host and m.apart) for m in own)
             for round_, measure in enumerate(stage.measures):
                 known = self.position(at, round_) in self.own[path][at]
                 if (at, round_) < upto and measure.scope == "tensor" and apart and not known:
@@ -120,7 +132,7 @@ class _Run:
         own = self.own[path][at]
         if layer is not None:
             own = jax.tree.map(lambda a: a[layer], own)
-        return tuple({**self.shared[at], **own}[i] for i in range(self.position(at, round_)))
+        return tuple({**self.shared[at], **own}.get(i) for i in range(self.position(at, round_)))
 
     def part(self, path: str, at: int, round_: int, check: bool) -> tuple[Any, bool]:
         """A tensor's part of a measure, over its blocks, and whether the tensor is finite."""
@@ -134,28 +146,31 @@ class _Run:
     def part_of_block(self, path: str, rows: slice | None, at: int, round_: int, check: bool) -> tuple[Any, Any]:
         """The part of one block, whose arrays are free when this returns."""
         take = self.part_on_host if self.by_host(self.stages[at].measures[round_]) else self.part_compiled
-        done = take(path, self.leaf_of(path, rows), at, round_, check)
+        done = take(path, rows, at, round_, check)
         return jax.block_until_ready(done) if self.where.host else done
 
-    def part_compiled(self, path: str, leaf: Leaf, at: int, round_: int, check: bool) -> tuple[Any, Any]:
-        stacked, own = self.plan.tensors[path].stacked, self.own[path][: at + 1]
-        return measured(self.stages[: at + 1], round_, self.shared[: at + 1], own, leaf, stacked, check)
+    def part_compiled(self, path: str, rows: slice | None, at: int, round_: int, check: bool) -> tuple[Any, Any]:
+        upto, leaf, stacked = at + 1, self.leaf_of(path, rows), self.plan.tensors[path].stacked
+        return measured(
+            self.stages[:upto], round_, self.shared[:upto], self.known(path, rows, upto), leaf, stacked, check
+        )
 
-    def part_on_host(self, path: str, leaf: Leaf, at: int, round_: int, check: bool) -> tuple[Any, Any]:
+    def part_on_host(self, path: str, rows: slice | None, at: int, round_: int, check: bool) -> tuple[Any, Any]:
         measure, stacked = self.stages[at].measures[round_], self.plan.tensors[path].stacked
+        leaf = self.leaf_of(path, rows)
         if at == 0 and isinstance(leaf.tau, tuple):
             base = np.asarray(leaf.theta0)
             x = [Difference(np.asarray(theta), base) for theta in leaf.tau]
             probe = sum(_squares(each) for each in (base, *leaf.tau)) if check else 0.0
         else:
-            stats = self.shared[:at], self.own[path][:at]
+            stats = self.shared[:at], self.known(path, rows, at)
             x, probe = applied(self.stages[:at], *stats, leaf, stacked, check, False, None, None)
             x = [np.asarray(x_n) for x_n in x]
         if not stacked:
             return measure.host(x, self.earlier(path, at, round_)), probe
         layers = range(len(leaf.theta0))
         parts = [measure.host([x_n[i] for x_n in x], self.earlier(path, at, round_, i)) for i in layers]
-        if measure.scope == "tensor":
+        if measure.scope != "model":
             return jax.tree.map(lambda *xs: np.stack(xs), *parts), probe
         return jax.tree.map(lambda *xs: functools.reduce(measure.combine, xs), *parts), probe
 
@@ -208,7 +223,9 @@ def run(
 
     def apply_to_block(path: str, rows: slice | None, check: bool) -> None:
         flags = (plan.tensors[path].stacked, check, add, dtype, task)
-        x, probe = applied(state.stages, state.shared, state.own[path], state.leaf_of(path, rows), *flags)
+        known = state.known(path, rows, len(state.stages))
+        x, probe = applied(state.stages, state.shared, known, state.leaf_of(path, rows), *flags)
+        del known
         state.forget()
         if check and not bool(np.isfinite(probe)):
             not_finite(path)

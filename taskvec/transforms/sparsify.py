@@ -3,9 +3,10 @@
 import functools
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 
-from taskvec.transforms.base import Array, Leaf, Measure, ModelInfo, Transform, check_choice, check_fraction
+from taskvec.transforms.base import Array, Leaf, Measure, Transform, check_choice, check_fraction
 from taskvec.transforms.order import kth_magnitude_of, kth_magnitudes_of, sorted_magnitudes
 
 SCOPES = ("model", "tensor")
@@ -144,10 +145,11 @@ def l1_ratio(kept: Callable[[Array, Leaf, tuple], Array]) -> Measure:
     def norms(x: Array, leaf: Leaf, stats: tuple) -> Array:
         return jnp.stack([l1_norms(x), l1_norms(kept(x, leaf, stats))])
 
-    def ratio(total: Array, info: ModelInfo, stats: tuple) -> Array:
+    @jax.jit
+    def ratio(total: Array) -> Array:
         return jnp.where(total[1] > 0, total[0] / jnp.where(total[1] > 0, total[1], 1.0), 1.0)
 
-    return Measure(norms, ratio, scope="tensor")
+    return Measure(norms, lambda total, info, stats: ratio(total), scope="tensor")
 
 
 def _checked(density: PerTask) -> tuple[float, ...]:

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from taskvec import tree as trees
+from taskvec.adaptive import rows as rows_lib
 from taskvec.adaptive.adamerging import adamerging, keep_agreeing
+from taskvec.adaptive.learn import Problem
 from taskvec.training.heads import make_heads
 
 TASKS, ROWS, D_IN, HIDDEN, D = 3, 4, 5, 7, 6
@@ -21,8 +23,8 @@ def setting(seed=0):
     tau = {k: rng.normal(0, 0.4, (TASKS, *SHAPES[k])) for k in NAMES}
     kernels = [rng.normal(size=(D, c)) for c in CLASSES]
     kernels = [k / np.linalg.norm(k, axis=0) for k in kernels]
-    batches = lambda step: {"x": np.random.default_rng([7, step]).normal(size=(TASKS * ROWS, D_IN)).astype(np.float32)}
-    return theta0, tau, kernels, batches
+    inputs = [{"x": rng.normal(size=(n, D_IN)).astype(np.float32)} for n in (9, ROWS, 30)]
+    return theta0, tau, kernels, rows_lib.arrays(inputs)
 
 
 def apply_fn(params, batch):
@@ -51,7 +53,12 @@ def entropy_and_gradient(theta, x, kernels, scale=20.0):
     return total, {"b1": dh.sum(0), "b2": dz.sum(0), "w1": x.T @ dh, "w2": h.T @ dz}
 
 
-def oracle(theta0, tau, kernels, batches, mode, steps, rate=1e-3):
+def problem(theta0, tau, kernels):
+    return Problem(apply_fn, as_jax(theta0), as_jax(tau), make_heads(kernels), scanned=False)
+
+
+def oracle(theta0, tau, kernels, rows, mode, steps, rate=1e-3):
+    batches = rows_lib.together(rows, ROWS)
     lam = np.full((4 if mode == "tensor" else 1, TASKS), 0.3)
     m, v, losses = np.zeros_like(lam), np.zeros_like(lam), []
     for step in range(steps):
@@ -75,15 +82,12 @@ def as_jax(tree):
 
 @pytest.mark.parametrize("mode, rate", [("tensor", 1e-3), ("task", 1e-3), ("tensor", 2e-2)])
 def test_trajectory(mode, rate):
-    theta0, tau, kernels, batches = setting()
-    found = adamerging(
-        apply_fn, as_jax(theta0), as_jax(tau), make_heads(kernels), batches,
-        scanned=False, mode=mode, steps=100, learning_rate=rate,
-    )  # fmt: skip
-    expected, losses = oracle(theta0, tau, kernels, batches, mode, 100, rate)
+    theta0, tau, kernels, rows = setting()
+    found = adamerging(problem(theta0, tau, kernels), rows, mode=mode, steps=100, learning_rate=rate, per_task=ROWS)
+    expected, losses = oracle(theta0, tau, kernels, rows, mode, 100, rate)
     np.testing.assert_allclose(found.coefficients, expected, atol=1e-4)
     np.testing.assert_allclose(found.history["loss"], losses, rtol=1e-3)
-    np.testing.assert_allclose(found.history["entropy"].sum(1), found.history["loss"], rtol=1e-5)
+    np.testing.assert_allclose(found.history["objective"].sum(1), found.history["loss"], rtol=1e-5)
     assert np.abs(expected - 0.3).max() > 0.03  # it went somewhere
     if rate > 1e-3:
         assert (expected == 0).any() or (expected == 1).any()  # and met the clamp
@@ -94,38 +98,35 @@ def test_trajectory(mode, rate):
 
 
 def test_plus_plus_trims_globally_and_elects_signs():
-    theta0, tau, kernels, batches = setting()
+    theta0, tau, kernels, rows = setting()
     tau = {k: np.asarray(x, np.float32) for k, x in tau.items()}
     flat = np.concatenate([tau[k].reshape(TASKS, -1) for k in NAMES], axis=1)
     keep = round(0.2 * flat.shape[1])
     trimmed = np.where(np.abs(flat) >= -np.sort(-np.abs(flat), axis=1)[:, keep - 1 : keep], flat, 0)
     agreeing = np.where(np.sign(trimmed) == np.sign(trimmed.sum(0)), trimmed, 0)
-    found = keep_agreeing(as_jax(theta0), as_jax(tau))
-    found = np.concatenate([np.asarray(found[k]).reshape(TASKS, -1) for k in NAMES], axis=1)
+    sparse = keep_agreeing(as_jax(theta0), as_jax(tau))
+    found = np.concatenate([np.asarray(sparse[k]).reshape(TASKS, -1) for k in NAMES], axis=1)
     np.testing.assert_array_equal(found, agreeing)
-    args = as_jax(theta0), as_jax(tau), make_heads(kernels), batches
-    result = adamerging(apply_fn, *args, scanned=False, steps=5, plus_plus=True)
-    sparse = {k: np.asarray(x, np.float64) for k, x in keep_agreeing(*args[:2]).items()}
-    expected, _ = oracle(theta0, sparse, kernels, batches, "tensor", 5)
+    result = adamerging(problem(theta0, tau, kernels), rows, steps=5, plus_plus=True, per_task=ROWS)
+    sparse = {k: np.asarray(x, np.float64) for k, x in sparse.items()}
+    expected, _ = oracle(theta0, sparse, kernels, rows, "tensor", 5)
     np.testing.assert_allclose(result.coefficients, expected, atol=1e-4)
 
 
 def test_tasks_must_match():
-    theta0, tau, kernels, batches = setting()
-    args = as_jax(theta0), as_jax(tau)
+    theta0, tau, kernels, rows = setting()
     with pytest.raises(ValueError, match="3 task vectors but heads of 2"):
-        adamerging(apply_fn, *args, make_heads(kernels[:2]), batches, scanned=False)
-    with pytest.raises(ValueError, match="11 rows does not divide among 3"):
-        ragged = lambda step: {"x": batches(step)["x"][:-1]}
-        adamerging(apply_fn, *args, make_heads(kernels), ragged, scanned=False, steps=1)
+        adamerging(problem(theta0, tau, kernels[:2]), rows)
+    with pytest.raises(ValueError, match="8 rows does not divide among 3"):
+        adamerging(problem(theta0, tau, kernels), rows.only([0, 1]), steps=1, per_task=4)
+    with pytest.raises(ValueError, match=r"no setting 'step' .did you mean 'steps'"):
+        adamerging(problem(theta0, tau, kernels), rows, step=1)
 
 
 def test_an_expert_is_given_back_by_one_coefficient_of_one():
-    theta0, tau, kernels, batches = setting()
+    theta0, tau, kernels, rows = setting()
     init = np.tile(np.array([0.0, 1.0, 0.0], np.float32), (4, 1))
-    found = adamerging(
-        apply_fn, as_jax(theta0), as_jax(tau), make_heads(kernels), batches, scanned=False, init=init, steps=0
-    )
+    found = adamerging(problem(theta0, tau, kernels), rows, init=init, steps=0)
     jax.tree.map(
         lambda a, x, y: np.testing.assert_allclose(a, x + y[1], rtol=1e-5, atol=1e-6), found.params, theta0, tau
     )

@@ -13,7 +13,8 @@ from configs import common
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 NAMES = (
-    "clip", "clip_small", "finetune_clip", "finetune_text", "quickstart", "text4", "text8", "vision3", "vision5",
+    "clip", "clip_small", "finetune_clip", "finetune_text", "glue", "llama_pair", "quickstart", "text4", "text8",
+    "vision3", "vision5",
 )  # fmt: skip
 
 

@@ -68,28 +68,11 @@ def test_eval_batches_give_every_row_once(split):
             np.testing.assert_array_equal(b["mask"].sum(1), split.inputs["mask"].sum(1)[b["label"]])
 
 
-def test_unlabelled_batches_order_and_padding():
-    splits = [text_split(50, 40), text_split(30, 20, seed=1)]
-    get = batches.unlabelled_batches(splits, 4, 20, seed=0)
-    batch = get(7)
-    assert set(batch) == {"ids", "mask"} and batch["ids"].shape[0] == 8 and batch["ids"].shape[1] % 16 == 0
-    rows = batch["ids"][:, 0] - 1
-    assert len(set(rows[:4])) == 4 and len(set(rows[4:])) == 4
+def test_rows_are_taken_and_joined_in_order():
+    splits, rows = [text_split(50, 40), text_split(30, 20, seed=1)], [np.array([7, 3, 49]), np.array([0, 29, 5])]
+    batch = batches.join([batches.take(split, r) for split, r in zip(splits, rows, strict=True)])
+    assert set(batch) == {"ids", "mask"} and batch["ids"].shape[0] == 6 and batch["ids"].shape[1] % 16 == 0
+    np.testing.assert_array_equal(batch["ids"][:, 0] - 1, np.concatenate(rows))
     for t, split in enumerate(splits):
-        np.testing.assert_array_equal(
-            batch["mask"][4 * t : 4 * t + 4].sum(1), split.inputs["mask"].sum(1)[rows[4 * t : 4 * t + 4]]
-        )
-    again = batches.unlabelled_batches(splits, 4, 20, seed=0)(7)
-    assert all(np.array_equal(batch[key], again[key]) for key in batch)
-    assert not np.array_equal(rows, get(8)["ids"][:, 0] - 1)
-    assert batches.unlabelled_batches([image_split()] * 3, 2, 1, 0)(0)["image"].shape == (6, 4, 4, 3)
-    with pytest.raises(ValueError, match="per_task=31"):
-        batches.unlabelled_batches(splits, 31, 1, 0)
-
-
-def test_streams_differ():
-    """A training epoch and an unlabelled step of the same seed and number do not draw the same rows."""
-    split = text_split(32)
-    train = batches.training_batches(split, 8, 4, seed=0)(0)["label"]
-    free = batches.unlabelled_batches([split], 8, 4, seed=0)(0)["ids"][:, 0] - 1
-    assert not np.array_equal(train, free)
+        np.testing.assert_array_equal(batch["mask"][3 * t : 3 * t + 3].sum(1), split.inputs["mask"].sum(1)[rows[t]])
+    assert batches.join([batches.take(image_split(), np.arange(2))] * 3)["image"].shape == (6, 4, 4, 3)

@@ -72,7 +72,7 @@ def test_other_batches_take_encoded_images():
     seen = list(batches.eval_batches(split(), 4))
     assert [b["image"].shape for b in seen] == [(4, 16, 20, 3)] * 3 and seen[-1]["weight"].sum() == 2
     np.testing.assert_array_equal(seen[1]["image"][2], picture(6))
-    assert batches.unlabelled_batches([split(), split()], 2, 5, 0)(3)["image"].shape == (4, 16, 20, 3)
+    assert batches.join([batches.take(split(), np.array([3, 0]))] * 2)["image"].shape == (4, 16, 20, 3)
 
 
 def test_prefetched_is_the_same_function_and_works_ahead():

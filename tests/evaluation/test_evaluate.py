@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from taskvec.evaluation.evaluate import encode, evaluate
+from taskvec.evaluation.evaluate import evaluate
+from taskvec.evaluation.scorers import encode
 from taskvec.modular import results
 from taskvec.training.heads import make_heads
 
@@ -54,7 +55,7 @@ def test_static_and_task_conditioned_results():
         found = evaluate(apply_fn, merged, [batches(0), batches(1)], heads)
         for t in (0, 1):
             z, correct = wanted(t)
-            np.testing.assert_allclose(found.features[t], z, rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(found.outputs[t], z, rtol=1e-5, atol=1e-5)
             np.testing.assert_array_equal(found.correct[t], correct)
             assert found.accuracy[t] == correct.mean()
     assert len(traces) == 1

@@ -141,6 +141,22 @@ def test_della_is_unbiased_and_l1_keeps_the_norm():
     np.testing.assert_allclose(jnp.abs(drop("l1")).sum((1, 2)), jnp.abs(x).sum((1, 2)), rtol=1e-5)
 
 
+@pytest.mark.parametrize("axis", [-1, -2, "tensor"])
+def test_della_keeps_the_same_entries_by_ranks_and_by_order_statistics(axis):
+    x = jnp.asarray(np.random.default_rng(6).standard_normal((2, 30, 40)), jnp.float32)
+    kept = lambda rescale: tv.transform_task_vectors(
+        tv.drop_by_rank(0.5, 0.6, rescale, axis), {"w": jnp.zeros(x.shape[1:])}, {"w": x}
+    )["w"]
+    np.testing.assert_array_equal(kept("none") != 0, kept("inverse_probability") != 0)
+
+
+def test_della_keeps_the_density_of_equal_magnitudes():
+    x = jnp.asarray(np.random.default_rng(7).choice([-1.0, 1.0, 2.0, -2.0], (2, 4000)), jnp.float32)
+    out = tv.transform_task_vectors(tv.drop_by_rank(0.5, 0.8, "none"), {"w": jnp.zeros(4000)}, {"w": x})["w"]
+    small = np.abs(x) == 1
+    assert abs(np.mean(out[small] != 0) - 0.3) < 0.03 and abs(np.mean(out[~small] != 0) - 0.7) < 0.03
+
+
 def test_weights_of_a_search_do_not_compile_anew():
     root, models = ROOT, [{"w": jnp.arange(8.0) * (t - 1)} for t in range(3)]
     tv.merge("pcb", root, models, weights=(1.0, 1.0, 1.0))

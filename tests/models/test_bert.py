@@ -1,5 +1,6 @@
 """BERT and RoBERTa against the numbers that transformers computed in float64 (record.py, record_language.py)."""
 
+import functools
 import json
 import pathlib
 
@@ -73,6 +74,29 @@ def test_layer_params_makes_each_layers_weights():
     a, b = (jax.value_and_grad(lambda c, f=f: jnp.square(f(c)).sum())(coefficient_L) for f in (inside, outside))
     np.testing.assert_allclose(a[0], b[0], rtol=1e-5)
     np.testing.assert_allclose(a[1], b[1], rtol=1e-3)
+
+
+@pytest.mark.parametrize("remat", [None, "all"])
+def test_unrolled_layers_give_the_same(remat):
+    """Two of three layers in one turn, and all of them: numbers of transformers, and the gradient of the loop."""
+    out = recorded("bert_even")
+    model, params = models.load(RECORDED / "bert_even")
+    batch = {"ids": out["ids"], "mask": out["mask"]}
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def gradient(params, unroll):
+        def loss(params):
+            y = model.apply(params, batch, unroll=unroll, remat=remat, capture=("mlp",))
+            return jnp.square(y["features"]).sum(), y
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    loop, plain = gradient(params, 1)
+    for unroll in (2, 8):
+        grads, y = gradient(params, unroll)
+        np.testing.assert_allclose(y["features"], out["features"], atol=1e-5, rtol=0)
+        np.testing.assert_allclose(y["mlp"], plain["mlp"], atol=1e-5)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), grads, loop)
 
 
 def test_a_lazy_embedding_table_is_enough():

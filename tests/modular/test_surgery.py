@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from taskvec.adaptive import registry
 from taskvec.modular import results, surgery
+from tests.modular import blocks_for_tests as toy
 
 D, RANK, COUNTS = 12, 4, (30, 21)
 
@@ -44,9 +46,10 @@ def oracle(down, merged, expert, center, steps, seed, batch_size=16, rate=1e-3):
     out = []
     for t, (z_all, y_all) in enumerate(zip(merged, expert, strict=True)):
         z_all, y_all = z_all.astype(np.float64), y_all.astype(np.float64)
-        mu = z_all.mean(0) if center else np.zeros(D)
+        width = z_all.shape[1]
+        mu = z_all.mean(0) if center else np.zeros(width)
         s = np.sqrt(((z_all - mu) ** 2).mean()) if center else 1.0
-        weights = [np.asarray(down[t], np.float64), np.zeros((D, RANK))]
+        weights = [np.asarray(down[t], np.float64), np.zeros((width, RANK))]
         moments = [[np.zeros_like(w), np.zeros_like(w)] for w in weights]
         for step in range(steps):
             sizes = np.array([[len(m)] for m in merged])
@@ -125,3 +128,24 @@ def test_results_say_how_they_are_used():
     assert corrected.kind == "task-conditioned" and corrected.params_for(1) is params
     np.testing.assert_array_equal(corrected.features_for(1, merged[1]), surgery.apply(adapters, 1, merged[1]))
     assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), one.features_for(0, merged[0]), merged[0]))
+
+
+def test_as_a_registered_method():
+    """On a merged model: the features that it corrects, and a trajectory of the paper's form."""
+    theta0, tau, rows, problem = toy.setting()
+    run = lambda **settings: registry.get("surgery")(problem, rows, rank=RANK, seed=5, **settings)
+    start, done = run(steps=0), run(steps=100)
+    inputs = [rows.take(t, np.arange(n)) for t, n in enumerate(toy.COUNTS)]
+    models = [start.params, *(toy.as_jax(toy.add(theta0, toy.select(tau, t))) for t in (0, 1))]
+    merged, *experts = ([np.asarray(toy.apply_fn(params, x)["features"]) for x in inputs] for params in models)
+    expert = [experts[0][0], experts[1][1]]
+    wanted = toy.add(theta0, jax.tree.map(np.add, toy.select(tau, 0), toy.select(tau, 1)), 0.3)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), start.params, wanted)
+    expected = oracle(start.learnables["down"], merged, expert, False, 100, 5)
+    for t in (0, 1):
+        np.testing.assert_allclose(start.merged.features_for(t, merged[t]), merged[t], atol=0)
+        np.testing.assert_allclose(done.merged.features_for(t, merged[t]), expected[t](merged[t]), atol=1e-4)
+    assert done.merged.kind == "task-conditioned" and done.history["l1"].shape == (100, 2)
+    assert done.history["loss"][-10:].mean() < done.history["loss"][:10].mean()
+    with pytest.raises(ValueError, match=r"regmean needs extras .'gram'."):
+        run(on="regmean")

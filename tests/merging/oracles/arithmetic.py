@@ -14,6 +14,11 @@ CASES = {
         {"bottom": 0, "top": 1, "transition": 1, "weight": 0.25, "outside": "task"},
         {"bottom": 1, "top": 1, "transition": 0, "outside": "mean"},
     ],
+    "coefficients": [
+        {},
+        {"rest": 0.4},
+        {"table": [["blocks/1/mlp/down", [0.5, -1.0, 0.2]], ["stem/conv", (0.0, 0.0, 2.0)]], "rest": 0.1},
+    ],
     "lines_edit": [{}, {"alpha": 0.5, "scale": 0.7}, {"alpha": 1.0}],
 }
 EXPERT = {
@@ -23,6 +28,7 @@ EXPERT = {
     "elm": {},
     "culturemert": {"scale": 1.0},
     "layer_swapping": None,
+    "coefficients": {"rest": 1.0},
     "lines_edit": {"alpha": 1.0},
 }
 
@@ -78,3 +84,8 @@ def lines_edit(taus, depths, alpha=0.1, scale=1.0):
     blocks = max(d for d in depths.values() if d is not None) + 1
     factor = lambda d: alpha if d is None else alpha + (1 - alpha) * d / (blocks - 1)
     return {k: scale * factor(depths[k]) * x.mean(0) for k, x in taus.items()}
+
+
+def coefficients(taus, depths, table=(), rest=0.0):
+    weights = dict(table)
+    return {k: sum(w * x[t] for t, w in enumerate(weights.get(k, [rest] * len(x)))) for k, x in taus.items()}

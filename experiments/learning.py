@@ -1,0 +1,164 @@
+"""Adaptive methods on a benchmark: which problem, rows and pairs each of them gets.
+
+Most learn one model for all tasks. Others are about one task: a pool of the other tasks' vectors learns it
+(`ONE_OUT`; run for every task in turn), or it is forgotten (``atlas_negation``, with settings ``target`` and
+``control_task``).
+"""
+
+import inspect
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+import taskvec as tv
+from experiments.prepare import Bench
+from taskvec import tree as trees
+from taskvec.adaptive import registry
+from taskvec.adaptive.fit import Loop
+from taskvec.adaptive.learn import Learned, Problem
+from taskvec.adaptive.rows import SECOND, Rows
+from taskvec.data import batches, packing
+from taskvec.io.progress import bar
+from taskvec.modular import results
+from taskvec.modular.results import Merged
+from taskvec.training.heads import Heads
+
+TOKENWISE = ("prodistill", "surgery_v2")  # look at the tokens of every row: texts stand alone
+ONE_OUT = ("atlas_few_shot", "atlas_ufm", "lorahub")
+PAIRED = ("self_positioning",)
+NEGATION = ("target", "control_task")
+
+
+class Found(NamedTuple):
+    """What a method gives on a benchmark: the result; its coefficients and groups, and trained heads, if there are."""
+
+    merged: Merged
+    coefficients: tuple | None = None
+    heads: Heads | None = None
+
+
+def settings_of(name: str) -> dict[str, Any]:
+    """The settings that a config may give a method, with their defaults."""
+    more = dict.fromkeys(NEGATION, "") if name == "atlas_negation" else {}
+    given = {key: value for key, value in registry.get(name).defaults.items() if key not in ("adapt", "validation")}
+    return {**given, **more}
+
+
+def learn(bench: Bench, name: str, data: str, settings: dict[str, Any]) -> Found:
+    """Runs a registered adaptive method; `data` says which rows it may look at."""
+    if name in ONE_OUT:
+        runs = [_run(bench, name, one_out(bench, t), rows(bench, data).only([t]), settings) for t in _tasks(bench)]
+        return Found(results.per_task([found.params for found in runs]))
+    given = rows(bench, data, packed=name not in TOKENWISE)
+    if name == "atlas_negation":
+        names = [task.name for task in bench.tasks]
+        target, control = (names.index(settings[key]) for key in NEGATION)
+        rest = {key: value for key, value in settings.items() if key not in NEGATION}
+        found = _run(bench, name, negation(bench, target, control), given.only([target, control]), rest)
+        return Found(results.static(found.params))
+    if name in PAIRED:
+        given = pairs(given, bench.seed)
+    if "adapt" in inspect.signature(registry.get(name).run).parameters:
+        settings = {**settings, "adapt": rows(bench, "unlabelled test")}
+    found = _run(bench, name, problem(bench), given, settings)
+    table = None if found.coefficients is None else (found.groups, found.coefficients)
+    return Found(found.merged or results.static(found.params), table, found.heads)
+
+
+def _run(bench: Bench, name: str, problem: Problem, given: Rows, settings: dict[str, Any]) -> Learned:
+    with bar(f"{name}, seed {bench.seed}") as update:
+        begin = lambda steps: update(0, total=steps)
+        show = lambda step, metrics: update(step, f"objective {metrics['loss'][-1]:.3f}")
+        loop = Loop(on_start=begin, on_chunk=show)
+        found = registry.get(name)(problem, given, seed=bench.seed, loop=loop, **settings)
+        jax.block_until_ready(found.params)
+    return found
+
+
+def _tasks(bench: Bench) -> range:
+    return range(len(bench.tasks))
+
+
+def problem(bench: Bench) -> Problem:
+    """What adaptive methods merge."""
+    model, theta0 = bench.base.model, bench.base.pretrained
+    return Problem(model.apply, theta0, tv.task_vectors(theta0, bench.experts), bench.heads, model.scanned)
+
+
+def some(tau: Any, tasks: list[int]) -> Any:
+    """The task vectors of some tasks."""
+    chosen = np.array(tasks)
+    return trees.map_with_path(lambda path, x: x[:, chosen] if trees.is_stacked(path) else x[chosen], tau)
+
+
+def _heads(bench: Bench, tasks: list[int]) -> Heads:
+    chosen = np.array(tasks)
+    return bench.heads._replace(kernel=bench.heads.kernel[chosen], class_mask=bench.heads.class_mask[chosen])
+
+
+def one_out(bench: Bench, task: int) -> Problem:
+    """The other tasks' vectors, and the head of one."""
+    whole = problem(bench)
+    return whole._replace(tau=some(whole.tau, [t for t in _tasks(bench) if t != task]), heads=_heads(bench, [task]))
+
+
+def negation(bench: Bench, target: int, control: int) -> Problem:
+    """One task's vector, and the heads of that task and of a control task."""
+    whole = problem(bench)
+    return whole._replace(tau=some(whole.tau, [target]), heads=_heads(bench, [target, control]))
+
+
+def rows(bench: Bench, data: str, packed: bool = True) -> Rows:
+    """The rows that a data access allows: the test set without labels, or held-out training rows.
+
+    Texts stand several in a row where the model takes that, unless they shall not be `packed`.
+    """
+    splits = [task.test if data == "unlabelled test" else task.held_out for task in bench.tasks]
+    counts = tuple(len(split.labels) for split in splits)
+    labels = [split.labels for split in splits] if data == "few labelled" else None
+    join = batches.join
+    if packed and bench.base.model.packs:
+        lengths = [split.inputs["mask"].sum(1) for split in splits]
+        join = packing.joiner(lengths, bench.config.suite.max_length)
+    return Rows(counts, lambda t, numbers: batches.take(splits[t], numbers), join, labels)
+
+
+def pairs(given: Rows, seed: int) -> Rows:
+    """Every row with another one of its class, drawn once: positives for a contrastive loss.
+
+    Raises:
+      ValueError: rows have no labels.
+    """
+    if given.labels is None:
+        raise ValueError("pairs are rows of one class: they need labels, data='few labelled'")
+    other = [_partners(labels, np.random.default_rng([seed, t])) for t, labels in enumerate(given.labels)]
+
+    def take(t: int, numbers: np.ndarray) -> dict[str, np.ndarray]:
+        first, second = given.take(t, numbers), given.take(t, other[t][numbers])
+        width = max((x.shape[1] for x in (*first.values(), *second.values()) if x.ndim == 2), default=0)
+        pad = lambda x: np.pad(x, ((0, 0), (0, width - x.shape[1]))) if x.ndim == 2 else x
+        return {k: pad(x) for k, x in first.items()} | {SECOND + k: pad(x) for k, x in second.items()}
+
+    return given._replace(take=take, labels=None)
+
+
+def _partners(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """For every row the number of another row of its class (its own where it is the only one)."""
+    out = np.arange(len(labels))
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        out[members] = np.roll(members, 1)
+    return out
+
+
+def check(name: str, settings: dict[str, Any], tasks: tuple[str, ...]) -> None:
+    """Raises `ValueError` for what cannot run on a benchmark of these tasks."""
+    if name in ONE_OUT and len(tasks) < 2:
+        raise ValueError(f"{name} learns a task from the others' vectors: it needs two tasks or more, got {tasks}")
+    if name == "atlas_negation":
+        chosen = [settings.get(key) for key in NEGATION]
+        if not set(chosen) <= set(tasks) or chosen[0] == chosen[1]:
+            raise ValueError(
+                f"atlas_negation takes two tasks, target and control_task, of {', '.join(tasks)}: {chosen}"
+            )

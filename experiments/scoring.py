@@ -1,0 +1,79 @@
+"""How the rows of a benchmark are scored, by ``config.heads``: fixed heads, heads trained with experts, answers."""
+
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from taskvec import models
+from taskvec.data import glue, suites, text
+from taskvec.evaluation import scorers
+from taskvec.models import classifiers, decoding
+from taskvec.training.heads import Heads
+
+# Methods that are no data-free merges and work without fixed heads.
+ALLOWED = {"answers": ("pretrained", "individual"), "trained": ("pretrained", "individual", "surgery")}
+
+
+def check(config: Any, name: str) -> None:
+    """Raises `ValueError` for a method, not a data-free one, that needs the fixed heads which `config` lacks."""
+    allowed = ALLOWED.get(config.heads)
+    if allowed is not None and name not in allowed:
+        raise ValueError(
+            f"{name} needs fixed heads; with config.heads={config.heads!r} there are data-free methods and "
+            f"{', '.join(allowed)}"
+        )
+
+
+def protocol(config: Any) -> str:
+    """The suite's tag (`suites.protocol`), and how rows are scored where that is not by fixed heads."""
+    return suites.protocol(config.suite) + (f"/{config.heads}" if config.heads in ALLOWED else "")
+
+
+def make(bench: Any, heads: Heads | None, place: Callable[[str], pathlib.Path]) -> scorers.Scorer:
+    """The scorer of a `prepare.Bench`.
+
+    Args:
+      bench: with its tasks.
+      heads: the fixed ones.
+      place: of a checkpoint that the config names.
+    """
+    base, config = bench.base, bench.config
+    if config.heads == "answers":
+        return scorers.of_answers(
+            generator(base.folder, base.model, config.max_new_tokens), answers(bench), glue.numbers
+        )
+    if config.heads == "trained":
+        missing = [task.name for task in bench.tasks if task.name not in config.checkpoints]
+        if missing:
+            raise ValueError(
+                f"config.heads='trained' takes the heads from experts: set config.checkpoints for {', '.join(missing)}"
+            )
+        folders = [place(config.checkpoints[task.name]) for task in bench.tasks]
+        return scorers.of_classifiers(base.model.apply, [classifiers.load(f, base.model.name) for f in folders])
+    return scorers.of_heads(base.model.apply, heads)
+
+
+def answers(bench: Any) -> list[tuple[str, ...]]:
+    """For each task what stands for its classes: GLUE's published answers, else the names of the classes."""
+    published = bench.config.suite.get("family") == "glue_text_to_text"
+    return [glue.TASKS[task.name].targets if published else tuple(map(str, task.classes)) for task in bench.tasks]
+
+
+def generator(folder: pathlib.Path, model: models.Model, most: int) -> Callable[..., list[str]]:
+    """``(params, inputs) -> texts``: the greedy answers of a model, of at most so many tokens.
+
+    Encoder-decoders end their answers; of a decoder's, which may go on, the first line counts, without white space
+    around it.
+    """
+    tokenizer, alone = text.load_tokenizer(folder), not hasattr(model.config, "decoder_start_token_id")
+
+    def generate(params: Any, inputs: dict[str, np.ndarray]) -> list[str]:
+        prompt = {key: inputs[key] for key in ("ids", "mask")}
+        found = decoding.generate(model, params, prompt, most)
+        rows = [ids[mask].tolist() for ids, mask in zip(np.asarray(found.ids), np.asarray(found.mask), strict=True)]
+        texts = tokenizer.decode_batch(rows, skip_special_tokens=True)
+        return [written.strip().partition("\n")[0].strip() for written in texts] if alone else texts
+
+    return generate

@@ -1,0 +1,128 @@
+"""aTLAS for a new task: from a few labelled rows and the task vectors of other tasks. arXiv 2407.02880, section 4.2.
+
+See `atlas` for the method, `selection` for a budget of task vectors, and `atlas_heads` for heads trained afterwards.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import optax
+
+from taskvec.adaptive import atlas_parts as parts, rows as rows_lib, selection
+from taskvec.adaptive.fit import Loop
+from taskvec.adaptive.keep import accuracy, keep_best
+from taskvec.adaptive.learn import Learned, Problem, learn
+from taskvec.adaptive.registry import adaptive_method
+from taskvec.adaptive.rows import Batch, Rows
+from taskvec.merging.registry import Card
+
+
+def few_shots(rows: Rows, shots: int, seed: int = 0) -> Rows:
+    """At most `shots` rows of every class, drawn at random."""
+    numbers = []
+    for t, labels in enumerate(rows.labels):
+        rng = rows_lib.generator("shots", seed, t)
+        classes = [np.flatnonzero(labels == c) for c in np.unique(labels)]
+        numbers.append(np.concatenate([rng.permutation(each)[:shots] for each in classes]))
+    return rows_lib.chosen(rows, numbers)
+
+
+def epochs_of(rows: Rows, batch_size: int, least: int, seed: int = 0) -> tuple[Callable[[int], Batch], int]:
+    """Batches of one task's rows, which are repeated until an epoch has more than `least`; and their number in one."""
+    wanted, count = least * batch_size, rows.counts[0]
+    rows = rows_lib.repeated(rows, wanted // count + 1 if count < wanted else 1)
+    return rows_lib.cyclic(rows, batch_size, seed), -(-rows.counts[0] // batch_size)
+
+
+@adaptive_method(
+    "atlas_few_shot",
+    Card(
+        title=parts.TITLE,
+        arxiv="2407.02880",
+        year=2024,
+        summary="a new task from a few labelled rows and the task vectors of other tasks, all or a chosen few",
+        data="few labelled",
+        released_code=(
+            "keeps the best epoch on a validation split, from zero-shot on (keep='best'); fractions of a data set in "
+            "place of shots crash; clips scaled gradients; the heads trained after it never move (see atlas_heads)"
+        ),
+    ),
+)
+def atlas_few_shot(
+    problem: Problem,
+    rows: Rows,
+    *,
+    shots: int | None = None,
+    budget: int | None = None,
+    select: str = "gradient",
+    blockwise: bool = True,
+    mode: str = "tensor",
+    partitions: int = 1,
+    partitioned: str = "all",
+    epochs: int = 10,
+    learning_rate: float = 0.1,
+    weight_decay: float = 0.1,
+    gradient_norm: float | None = 1.0,
+    batch_size: int = 128,
+    least_batches: int = 10,
+    keep: str = "last",
+    validation: Rows | None = None,
+    seed: int = 0,
+    loop: Loop = Loop(),
+) -> Learned:
+    """Few-shot recognition: cross-entropy on a task that none of the task vectors is of.
+
+    The learning rate falls to 0 along a cosine. Rows are repeated until an epoch has more than `least_batches` batches;
+    where it ends within a batch, the next begins there.
+
+    Args:
+      problem: a pool of T task vectors, and one head, the target's.
+      rows: labelled rows of the target.
+      shots: rows a class; ``None`` takes `rows` as they are.
+      budget: task vectors that are used; ``None`` uses all.
+      select: ``gradient`` or ``random``, see `selection`.
+      blockwise: whether every tensor chooses its own.
+      mode, partitions, partitioned, weight_decay, gradient_norm: see `atlas`.
+      epochs, learning_rate, batch_size, least_batches: as published.
+      keep: ``last`` or, of the epochs' ends and zero-shot, the ``best`` accuracy on `validation` (to be given).
+      validation: labelled rows of the target.
+      seed, loop: see `atlas`.
+
+    Returns:
+      With a budget, coefficients ``[G, T]`` are 0 for task vectors that were not chosen.
+
+    Raises:
+      ValueError: not one head and one set of labelled rows, or a setting does not fit.
+    """
+    parts.check_labels(rows, "atlas_few_shot")
+    if (problem.heads.kernel.shape[0], len(rows.counts)) != (1, 1):
+        raise ValueError("atlas_few_shot takes one head and one set of rows, those of the target task")
+    if keep not in ("last", "best") or (keep == "best" and validation is None):
+        raise ValueError(f"keep={keep!r}; allowed: last, best (which needs validation rows)")
+    rows = rows if shots is None else few_shots(rows, shots, seed)
+    chosen = None
+    if budget is not None:
+        if mode != "tensor" or partitions > 1:
+            raise ValueError("a budget goes with mode='tensor' and no partitions")
+        chosen = selection.choose_within(problem, rows, budget, select, blockwise, seed)
+        pool, problem = problem.num_tasks, problem._replace(tau=chosen.tau)
+    parametrisation, groups = parts.free_coefficients(problem, mode, partitions, partitioned, seed)
+    batches, length = epochs_of(rows, batch_size, least_batches, seed)
+    steps, pick = epochs * length, lambda found: found
+    if keep == "best":
+        start = accuracy(problem, problem.theta0, validation).mean()
+        loop, pick = keep_best(problem, parametrisation, validation, np.mean, length, steps, loop, start)
+    found = learn(
+        problem,
+        parametrisation,
+        parts.cross_entropies,
+        batches,
+        parts.optimiser(optax.cosine_decay_schedule(learning_rate, max(steps, 1)), weight_decay, gradient_norm),
+        steps,
+        seed=seed,
+        loop=loop,
+    )
+    found = parts.with_coefficients(pick(found), groups)
+    if chosen is None:
+        return found
+    return found._replace(coefficients=selection.spread_out(found.coefficients, chosen.numbers, pool))

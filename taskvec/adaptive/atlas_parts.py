@@ -1,0 +1,90 @@
+"""What the methods of aTLAS (see `taskvec.adaptive.atlas`) have in common."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from taskvec import tree as trees
+from taskvec.adaptive import objectives
+from taskvec.adaptive.coefficients import coefficients
+from taskvec.adaptive.fit import Loop
+from taskvec.adaptive.learn import Learned, Outputs, Problem
+from taskvec.adaptive.parametrisation import Parametrisation
+from taskvec.adaptive.rows import Rows
+from taskvec.tree import Groups, Tree
+
+TITLE = "Knowledge Composition using Task Vectors with Learned Anisotropic Scaling"
+
+
+def optimiser(
+    learning_rate: optax.ScalarOrSchedule, weight_decay: float = 0.1, gradient_norm: float | None = 1.0
+) -> optax.GradientTransformation:
+    """AdamW along the gradient scaled to the global norm `gradient_norm`; see `taskvec.adaptive.atlas`."""
+    adamw = optax.adamw(learning_rate, weight_decay=weight_decay)
+    return adamw if gradient_norm is None else optax.chain(optax.normalize_by_update_norm(gradient_norm), adamw)
+
+
+def free_coefficients(
+    problem: Problem, mode: str, partitions: int = 1, partitioned: str = "all", seed: int = 0
+) -> tuple[Parametrisation, Groups]:
+    """Coefficients of any sign, zero at the start.
+
+    Args:
+      problem: what is merged.
+      mode: of `taskvec.tree.groups`.
+      partitions: K.
+      partitioned: with K > 1, ``all`` tensors, or ``matrices``: others then stay at theta0, as in the released code
+        (it drops convolutions and vectors without a word). There, tensors of equal shape also share their parts.
+      seed: of the parts.
+    """
+    if partitioned not in ("all", "matrices"):
+        raise ValueError(f"partitioned={partitioned!r}; allowed: all, matrices")
+    groups = trees.groups(problem.theta0, mode)
+    made = coefficients(groups, problem.num_tasks, 0.0, "identity", partitions, seed)
+    if partitions > 1 and partitioned == "matrices":
+        combine = made.combine
+        keep = lambda theta0, tau, factor: combine(theta0, tau, factor) if theta0.ndim == 2 else theta0
+        made = made._replace(combine=keep)
+    return made, groups
+
+
+def lp_penalty(order: int | None, gamma: float = 0.5) -> Callable[[Tree], jax.Array] | None:
+    """``gamma * mean_l |lam[l, :]|_p``, with gradient 0 at 0, or ``None``; the released code has it as an option."""
+    if order is None:
+        return None
+    if order not in (1, 2):
+        raise ValueError(f"order={order}; allowed: None, 1, 2")
+
+    def penalty(learnables: Tree) -> jax.Array:
+        lam_GxT = learnables["lam"]
+        if order == 1:
+            return gamma * jnp.abs(lam_GxT).sum(1).mean()
+        squares = jnp.square(lam_GxT).sum(1)
+        return gamma * jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1.0)), 0.0).mean()
+
+    return penalty
+
+
+def cross_entropies(outputs: Outputs) -> jax.Array:
+    """The tasks' mean cross-entropies with their labels: ``[S]``."""
+    return objectives.cross_entropy(outputs.logits, outputs.batch["label"])
+
+
+def with_coefficients(found: Learned, groups: Groups) -> Learned:
+    """The result with its learnables as coefficients, which they are."""
+    return found._replace(coefficients=np.asarray(found.learnables["lam"]), groups=groups.names)
+
+
+def check_labels(rows: Rows, name: str) -> None:
+    """Raises `ValueError` if there are no labels."""
+    if rows.labels is None:
+        raise ValueError(f"{name} learns from labelled rows; pass rows with labels")
+
+
+def check_whole(loop: Loop, name: str) -> None:
+    """Raises `ValueError` if batches were to be taken in pieces."""
+    if loop.pieces != 1:
+        raise ValueError(f"{name} takes a batch as a whole: pieces must be 1, got {loop.pieces}")

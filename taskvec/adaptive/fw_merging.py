@@ -1,0 +1,263 @@
+"""Frank-Wolfe merging: which of many fine-tuned models to move to, told by a gradient. arXiv 2503.12649 (ICCV 2025).
+
+Merged weights stay in the convex hull of a pool of models s_k = theta0 + tau_k. In a round, the gradient g of labelled
+cross-entropy at the merged weights chooses the vertex that it points away from most,
+
+    k* = argmin_k sum_l cos(g_l, s_{k,l})        (l: tensors; the classical oracle has inner products for cosines)
+
+*Hard*: one vertex for the mean loss of all tasks, ``theta <- theta + eta_i (s_k* - theta)``, ``eta_i = scale step_size
+2 / (i + 2)``. *Soft*: for every task the vertex that its own loss asks for, no vertex twice in a round; then AdaMerging
+over the chosen ones from the current weights, ``theta <- theta + sum_j lam_{l,j} (s_j - theta)``.
+
+What is merged is always ``theta0 + sum_k c_{l,k} tau_k``: the result has a table of coefficients over the pool.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from taskvec import tree as trees
+from taskvec.adaptive import objectives
+from taskvec.adaptive.coefficients import coefficients
+from taskvec.adaptive.fit import Loop, make_fit
+from taskvec.adaptive.fw_oracle import GRANULARITIES, MEASURES, POINTS, lowest, proxy, scores
+from taskvec.adaptive.learn import Learned, Outputs, Problem, make_loss
+from taskvec.adaptive.registry import adaptive_method
+from taskvec.adaptive.rows import Rows, together
+from taskvec.merging.registry import Card
+from taskvec.transforms.base import check_choice
+from taskvec.tree import Tree
+
+Array = jax.Array
+
+
+def _check(problem: Problem, rows: Rows, granularity: str, point: str, measure: str, loop: Loop) -> None:
+    if rows.labels is None:
+        raise ValueError("Frank-Wolfe merging chooses by the gradient of cross-entropy: its rows need labels")
+    if len(rows.counts) != (tasks := problem.heads.kernel.shape[0]):
+        raise ValueError(f"rows of {len(rows.counts)} tasks but heads of {tasks}")
+    check_choice("granularity", granularity, GRANULARITIES)
+    check_choice("point", point, POINTS)
+    check_choice("measure", measure, MEASURES)
+    if loop.checkpoint is not None:
+        raise ValueError("Frank-Wolfe merging goes round by round and cannot resume: leave out the checkpoint")
+
+
+_CARD = {
+    "title": "FW-Merging: Scaling Model Merging with Frank-Wolfe Optimization",
+    "arxiv": "2503.12649",
+    "year": 2025,
+}
+
+
+@adaptive_method(
+    "fw_hard",
+    Card(
+        **_CARD,
+        summary="step by step towards the one model of a pool that a labelled gradient asks for",
+        data="few labelled",
+        released_code=(
+            "these defaults are FusionBench's for ViT. For RoBERTa: granularity='tensor', step_size=1, and every step "
+            "is a TIES merge (mask .7, scaling .9; with task arithmetic scale=.29), which is not here; whether its "
+            "pool holds weights or vectors is not clear. A tensor whose gradient is 0 gives it NaN, here 0"
+        ),
+    ),
+)
+def fw_hard(
+    problem: Problem,
+    rows: Rows,
+    *,
+    rounds: int = 10,
+    scale: float = 0.3,
+    step_size: float = 0.1,
+    start: float = 0.3,
+    granularity: str = "model",
+    point: str = "weights",
+    measure: str = "cosine",
+    shots: int = 100,
+    batch_size: int = 20,
+    seed: int = 0,
+    loop: Loop = Loop(),
+) -> Learned:
+    """Frank-Wolfe with one model a round.
+
+    The merge that it starts from is a vertex too, as in the released code.
+
+    Args:
+      problem: what is merged: T task vectors are the pool, heads are of the S tasks that the rows belong to.
+      rows: labelled, of S tasks.
+      rounds: number of steps.
+      scale, step_size: ``eta_i = scale * step_size * 2 / (i + 2)``.
+      start: coefficient of every task vector at the start; 0 is the pretrained model.
+      granularity: one vertex for the ``model``, or one for each ``tensor``; then, with ``point="vectors"``, a tensor
+        that no vertex is good for (all scores above 0) goes towards the pretrained one.
+      point, measure: see `aligned`. The classical oracle is ``inner``, for which both points say the same.
+      shots: rows of a task, drawn anew in every round.
+      batch_size: rows at once; no result depends on it but by rounding.
+      seed: of the rows drawn.
+      loop: of `on_chunk`, called after every round.
+
+    Returns:
+      `Learned` with coefficients of every tensor ``[G, T]``; ``loss`` ``[rounds]`` before each step, and ``chosen``
+      ``[rounds, G]``: the vertex, T for the start, T + 1 for the pretrained model.
+
+    Raises:
+      ValueError: rows without labels; numbers of tasks do not fit; unknown choice.
+    """
+    _check(problem, rows, granularity, point, measure, loop)
+    at, num_tasks = functools.partial(proxy, problem, rows, shots, batch_size, seed), problem.num_tasks
+    groups = trees.groups(problem.theta0, "tensor")
+    table = np.full((len(groups.names), num_tasks), start)
+    vertices = np.concatenate([np.eye(num_tasks), table[:1], np.zeros((1, num_tasks))])
+    merge = _merger(problem, groups)
+    params = merge(table)
+    first = jax.tree.map(lambda a, b: a - b, params, problem.theta0)
+    history: dict[str, list] = {"loss": [], "chosen": []}
+    for i in range(rounds):
+        loss, grads = at(params, range(len(rows.counts)), i)
+        found = scores(problem, grads, point, measure, first)
+        if granularity == "tensor" and point == "vectors":
+            found = np.concatenate([found, np.zeros_like(found[:1])])
+        chosen = lowest(found, granularity)
+        table += scale * step_size * 2 / (i + 2) * (vertices[chosen] - table)
+        params = merge(table)
+        history["loss"].append(np.float32(loss))
+        history["chosen"].append(chosen)
+        if loop.on_chunk is not None:
+            loop.on_chunk(i + 1, {"loss": np.array([loss], np.float32)})
+    found = {name: np.array(x) for name, x in history.items()}
+    return Learned(params, {}, found, table.astype(np.float32), groups.names)
+
+
+def _merger(problem: Problem, groups: trees.Groups) -> Callable[[np.ndarray], Tree]:
+    """``table [G, T] -> params``, compiled once."""
+    merge = jax.jit(coefficients(groups, problem.num_tasks, 0.0, "identity").merge)
+    return lambda table: merge(problem.theta0, problem.tau, {"lam": jnp.asarray(table, jnp.float32)})
+
+
+@adaptive_method(
+    "fw_soft",
+    Card(
+        **_CARD,
+        summary="rounds of AdaMerging over the models of a pool that labelled gradients ask for, one a task",
+        data="few labelled",
+        released_code="as here (FusionBench's fw_soft); coefficients are not clamped, its entropy is of log(p + 1e-8)",
+    ),
+)
+def fw_soft(
+    problem: Problem,
+    rows: Rows,
+    *,
+    adapt: Rows | None = None,
+    rounds: int = 10,
+    granularity: str = "model",
+    point: str = "weights",
+    measure: str = "cosine",
+    shots: int = 100,
+    batch_size: int = 20,
+    objective: str = "entropy",
+    steps: int = 500,
+    init: float = 0.3,
+    later_init: float = 1e-8,
+    learning_rate: float = 1e-3,
+    per_task: int = 16,
+    seed: int = 0,
+    loop: Loop = Loop(),
+) -> Learned:
+    """Frank-Wolfe with one model a task in every round, mixed by AdaMerging (arXiv 2310.02575).
+
+    All rounds share one compiled step: the current weights and the chosen models are its arguments.
+
+    Args:
+      problem, rows, granularity, point, measure, shots, batch_size: see `fw_hard`.
+      adapt: unlabelled rows of the same tasks for the entropy, published: of the test sets. The labelled ones if
+        ``None``.
+      rounds: number of rounds, the first from the pretrained model.
+      objective: ``entropy``, or ``cross_entropy`` on the labelled rows.
+      steps: of Adam, in every round.
+      init: coefficients at the start of the first round.
+      later_init: of the others.
+      learning_rate: of Adam.
+      per_task: rows of a task in a step.
+      seed: of the rows drawn.
+      loop: of `chunk`, `on_chunk` (steps count on from round to round) and `place`.
+
+    Returns:
+      `Learned` with coefficients of every tensor over the pool ``[G, T]``; ``loss`` ``[rounds * steps]``, ``proxy``
+      ``[rounds, n]``, the labelled losses at the start of a round, and ``chosen`` ``[rounds, n, G]``.
+
+    Raises:
+      ValueError: as `fw_hard`.
+      FitDiverged: see `fit.fit`.
+    """
+    _check(problem, rows, granularity, point, measure, loop)
+    check_choice("objective", objective, ("entropy", "cross_entropy"))
+    at = functools.partial(proxy, problem, rows, shots, batch_size, seed)
+    seen = rows if objective == "cross_entropy" or adapt is None else adapt
+    batch_of = together(seen if objective == "cross_entropy" else seen._replace(labels=None), per_task, seed)
+    groups = trees.groups(problem.theta0, "tensor")
+    count = min(len(rows.counts), problem.num_tasks)
+    parametrisation = coefficients(groups, count, init, "identity")
+    loss_fn = make_loss(problem, parametrisation, functools.partial(_task_losses, objective))
+    fit = make_fit(loss_fn, optax.adam(learning_rate), chunk=loop.chunk)
+    heads, merge = problem.heads._replace(scale=jnp.float32(problem.heads.scale)), _merger(problem, groups)
+    table = np.zeros((len(groups.names), problem.num_tasks))
+    history: dict[str, list] = {"loss": [], "proxy": [], "chosen": []}
+    for i in range(rounds):
+        params = merge(table)
+        losses, chosen = _one_a_task(problem, at, params, count, i, granularity, point, measure)
+        per_leaf = jax.tree.map(lambda ids, chosen=chosen: np.moveaxis(chosen[:, np.asarray(ids)], 0, -1), groups.ids)
+        frozen = params, _directions(problem.theta0, problem.tau, params, per_leaf), heads
+        first = jnp.full((len(groups.names), count), later_init if i else init, jnp.float32)
+        before = i * steps
+        tell = loop.on_chunk and (lambda step, metrics, before=before: loop.on_chunk(before + step, metrics))
+        batches = lambda step, before=before: batch_of(before + step)
+        done = fit({"merge": {"lam": first}}, batches, steps, frozen=frozen, on_chunk=tell, place=loop.place)
+        lam_GxN = np.asarray(done.learnables["merge"]["lam"], np.float64)
+        table *= 1 - lam_GxN.sum(1, keepdims=True)
+        for j, vertex in enumerate(chosen):
+            table[np.arange(len(table)), vertex] += lam_GxN[:, j]
+        history["loss"].append(done.history.get("loss", np.zeros(0, np.float32)))
+        history["proxy"].append(losses)
+        history["chosen"].append(chosen)
+    found = {name: np.array(x) for name, x in history.items()}
+    found["loss"] = found["loss"].reshape(-1)
+    return Learned(merge(table), {}, found, table.astype(np.float32), groups.names)
+
+
+def _task_losses(objective: str, outputs: Outputs) -> Array:
+    if objective == "entropy":
+        return objectives.entropy(outputs.logits)
+    return objectives.cross_entropy(outputs.logits, outputs.batch["label"])
+
+
+def _one_a_task(
+    problem: Problem, at: Callable, params: Tree, count: int, round_: int, granularity: str, point: str, measure: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Losses ``[n]`` of the first n tasks, and the vertices ``[n, G]`` that they choose, none twice for a tensor."""
+    losses, chosen, used = [], [], None
+    for task in range(count):
+        loss, grads = at(params, [task], round_)
+        found = scores(problem, grads, point, measure)
+        used = np.zeros(found.shape, bool) if used is None else used
+        best = lowest(np.where(used, np.inf, found), granularity)
+        used[best, np.arange(len(best))] = True
+        losses.append(np.float32(loss))
+        chosen.append(best)
+    return np.array(losses), np.array(chosen)
+
+
+@jax.jit
+def _directions(theta0: Tree, tau: Tree, params: Tree, chosen: Tree) -> Tree:
+    """``theta0 + tau[chosen] - params``: ``[n, ...]``, of stacked leaves ``[L, n, ...]``."""
+
+    def tensor(base: Array, own: Array, now: Array, which: Array) -> Array:
+        offset = base.astype(jnp.float32) - now.astype(jnp.float32)
+        return offset[None] + own[which].astype(jnp.float32)
+
+    leaf = lambda path, *args: (jax.vmap(tensor) if trees.is_stacked(path) else tensor)(*args)
+    return trees.map_with_path(leaf, theta0, tau, params, chosen)

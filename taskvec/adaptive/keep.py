@@ -1,0 +1,109 @@
+"""Keeping the best step instead of the last, chosen on validation rows, and ending a run early.
+
+What is kept is what a method's authors report; a result says so (`Learned.kept`). The choice sees what validation rows
+tell, so those must not be the rows that are scored. A run that is resumed chooses among the steps that were left.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from taskvec.adaptive import teachers
+from taskvec.adaptive.fit import Evaluate, Loop
+from taskvec.adaptive.learn import Learned, Problem
+from taskvec.adaptive.parametrisation import Parametrisation
+from taskvec.adaptive.rows import Rows
+from taskvec.training import heads as heads_lib
+from taskvec.training.trainable import linearised
+from taskvec.tree import Tree
+
+
+def run_linear(apply_fn: Callable, pair: Tree, batch: dict) -> dict[str, Any]:
+    """Features of the model linearised at ``pair["theta0"]``; for `teachers.through`."""
+    return {"features": linearised(apply_fn, pair["theta0"])(pair["params"], batch)["features"]}
+
+
+def features_of(problem: Problem, params: Tree, rows: Rows, task: int, batch_size: int = 64) -> np.ndarray:
+    """Features of all rows of a task under merged weights: ``[N_t, d]`` on the host."""
+    if not problem.linear:
+        return teachers.through(problem.apply_fn, params, rows, task, batch_size)["features"]
+    pair = {"theta0": problem.theta0, "params": params}
+    return teachers.through(problem.apply_fn, pair, rows, task, batch_size, run_linear)["features"]
+
+
+def logits_of(problem: Problem, features_Nxd: np.ndarray, task: int) -> np.ndarray:
+    """Logits of one task's own classes: ``[N, d] -> [N, C_t]``."""
+    heads = problem.heads
+    mask_C = np.asarray(heads.class_mask[task])
+    logits = heads_lib.logits(heads.kernel[task], heads.class_mask[task], heads.scale, jnp.asarray(features_Nxd))
+    return np.asarray(logits)[:, mask_C]
+
+
+def accuracy(problem: Problem, params: Tree, rows: Rows, batch_size: int = 64) -> np.ndarray:
+    """Share of correct predictions on every task's labelled rows: ``[S]`` float64.
+
+    Raises:
+      ValueError: the rows have no labels.
+    """
+    if rows.labels is None:
+        raise ValueError("accuracy needs labelled rows")
+    each = []
+    for task, labels in enumerate(rows.labels):
+        logits_NxC = logits_of(problem, features_of(problem, params, rows, task, batch_size), task)
+        each.append(np.mean(logits_NxC.argmax(-1) == labels))
+    return np.array(each)
+
+
+def keep_best(
+    problem: Problem,
+    parametrisation: Parametrisation,
+    rows: Rows,
+    worth: Callable[[np.ndarray], float],
+    every: int,
+    steps: int,
+    loop: Loop,
+    start: float = -math.inf,
+    stop: Callable[[np.ndarray], bool] | None = None,
+) -> tuple[Loop, Callable[[Learned], Learned]]:
+    """A loop that watches the accuracies on validation rows, and what picks the best result after it.
+
+    Args:
+      problem, parametrisation: of the run.
+      rows: labelled, for validation.
+      worth: ``accuracies [S] -> number``; the step with the largest is kept, -inf for none that may be.
+      every: steps from one evaluation to the next.
+      steps: of the run.
+      loop: the caller's; its own evaluation goes on.
+      start: worth of what the run starts from, which is kept if no step is better.
+      stop: ``accuracies [S] -> whether to end the run``.
+
+    Returns:
+      ``(loop, pick)``; evaluations are dicts of ``accuracy`` ``[S]`` and ``evaluation``, what the caller's own gave.
+    """
+    best = {"worth": start, "learnables": parametrisation.init(), "kept": 0}
+    theirs = loop.evaluate
+
+    def call(step: int, now: Learned) -> dict[str, Any]:
+        out = {}
+        if step % every == 0 or step == steps:
+            out["accuracy"] = accuracy(problem, now.params, rows)
+            if worth(out["accuracy"]) > best["worth"]:
+                best.update(worth=worth(out["accuracy"]), learnables=now.learnables, kept=step)
+        if theirs is not None and (step % theirs.every == 0 or step == steps):
+            out["evaluation"] = theirs.call(step, now)
+        return out
+
+    def ends(out: dict[str, Any]) -> bool:
+        mine = stop is not None and "accuracy" in out and stop(out["accuracy"])
+        return mine or ("evaluation" in out and theirs.stop is not None and theirs.stop(out["evaluation"]))
+
+    def pick(found: Learned) -> Learned:
+        params = jax.jit(parametrisation.merge)(problem.theta0, problem.tau, best["learnables"])
+        return found._replace(params=params, learnables=best["learnables"], kept=best["kept"])
+
+    both = every if theirs is None else math.gcd(every, theirs.every)
+    return loop._replace(evaluate=Evaluate(both, call, ends)), pick

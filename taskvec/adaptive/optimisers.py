@@ -1,0 +1,57 @@
+"""Optimisers and gradients that adaptive methods need beside optax's."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from taskvec.adaptive.fit import Gradient, LossFn
+from taskvec.tree import Tree
+
+Array = jax.Array
+
+
+def by_task(optimiser: optax.GradientTransformation) -> optax.GradientTransformation:
+    """An optimiser of its own for every entry of the leading axis, which rests while that entry's gradient is zero.
+
+    For learnables ``[T, ...]`` of which a step on one task's rows touches one. One Adam on the whole would go on moving
+    the others by their decaying moments.
+    """
+
+    def update(grads: Tree, state: Tree, params: Tree) -> tuple[Tree, Tree]:
+        some = [(g != 0).any(tuple(range(1, g.ndim))) for g in jax.tree.leaves(grads)]
+        active_T = jnp.stack(some).any(0)
+        updates, moved = jax.vmap(optimiser.update)(grads, state, params)
+        # NaN is not zero: a task whose gradient is broken moves, and the run stops with a diagnosis.
+        own = lambda x: active_T.reshape(-1, *[1] * (x.ndim - 1))
+        updates = jax.tree.map(lambda u: jnp.where(own(u), u, 0), updates)
+        return updates, jax.tree.map(lambda new, old: jnp.where(own(new), new, old), moved, state)
+
+    return optax.GradientTransformation(jax.vmap(optimiser.init), update)
+
+
+def sharpness_aware(rho: float, adaptive: bool = False) -> Callable[[LossFn], Gradient]:
+    """The gradient at the worst point nearby, ``grad L(x + rho g / |g|)`` with ``g = grad L(x)`` (SAM, 2010.01412).
+
+    Both are taken on the same batch with the same key; the loss reported is that at x.
+
+    Args:
+      rho: how far that point is.
+      adaptive: measure it relative to x, ``x + rho x^2 g / |x g|`` (ASAM, arXiv 2102.11600).
+    """
+
+    def gradient(loss_fn: LossFn) -> Gradient:
+        value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+
+        def apply(state, learnables, frozen, batch, key):
+            (loss, metrics), g = value_and_grad(learnables, frozen, batch, key)
+            size = jax.tree.map(jnp.abs if adaptive else jnp.ones_like, learnables)
+            up = optax.tree.mul(size, g)
+            uphill = rho / jnp.maximum(optax.tree.norm(up), 1e-12)
+            ahead = jax.tree.map(lambda x, s, d: x + (uphill * s * d).astype(x.dtype), learnables, size, up)
+            return loss, metrics, value_and_grad(ahead, frozen, batch, key)[1], state
+
+        return Gradient(lambda learnables: (), apply)
+
+    return gradient

@@ -1,0 +1,43 @@
+"""Coefficients that were learned elsewhere, applied: what an adaptive method found, on checkpoints of any size."""
+
+from collections.abc import Sequence
+
+from taskvec.merging.registry import Card, method
+from taskvec.transforms import Chain, chain, elect_signs, sum_by_name, trim
+
+
+@method(
+    "coefficients",
+    Card(
+        title="AdaMerging: Adaptive Model Merging for Multi-Task Learning",
+        arxiv="2310.02575",
+        year=2024,
+        summary="weights by task and tensor from a file, as layer-wise adaptive methods learn them",
+        ordered=True,
+    ),
+)
+def coefficients(
+    table: Sequence[tuple[str, Sequence[float]]] = (),
+    rest: float = 0.0,
+    plus_plus: bool = False,
+    file: str = "",
+) -> Chain:
+    """``theta_l = theta0_l + sum_t lam_{l,t} tau_{l,t}`` for tensor l.
+
+    `taskvec merge --method coefficients --set file=PATH` reads a file that `taskvec.io.coefficients.save` wrote: it
+    brings the names of the model's tensors to those of the checkpoint and the experts, by their labels, to the order of
+    the table; tensors that are not in the table are the base's.
+
+    Args:
+      table: pairs of a per-layer path (blocks/3/mlp/up/kernel) or, of checkpoints, a tensor's name, and T numbers.
+      rest: coefficient of every task vector in tensors that the table does not name.
+      plus_plus: of task vectors that are trimmed and sign-elected first, as AdaMerging++ learns them.
+      file: where the table comes from; read by the command alone.
+    """
+    if file and not table:
+        raise ValueError(
+            "file= is read by `taskvec merge`; in memory pass table=taskvec.io.coefficients.load(file).table()"
+        )
+    pairs = tuple((name, tuple(float(w) for w in weights)) for name, weights in table)
+    first = (trim(density=0.2), elect_signs()) if plus_plus else ()
+    return chain(*first, sum_by_name(pairs, rest))
