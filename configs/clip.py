@@ -37,30 +37,49 @@ NAMED = {
 }  # fmt: skip
 
 
+ARGUMENTS = {
+    "arch": "b32", "suite": "clip8", "checkpoints": "hub", "source": "hub", "tasks": "", "size": 224, "runlocal": False,
+}  # fmt: skip
+
+
 def get_config(arg=None):
     """Arguments: see above; ``arch`` (b32, b16, l14), ``suite`` (clip8, clip14, clip20), ``tasks`` (joined by +)."""
-    arg = common.parse_arg(
-        arg, arch="b32", suite="clip8", checkpoints="hub", source="hub", tasks="", size=224, runlocal=False
-    )
-    if arg.arch not in ARCHITECTURES:
-        raise ValueError(f"arch={arg.arch!r}; allowed: {', '.join(ARCHITECTURES)}")
-    config = common.benchmark(f"clip_{arg.arch}_{arg.suite}", seeds=1)
-    name, at_hub = ARCHITECTURES[arg.arch], arg.checkpoints == "hub"
-    place = lambda owner, name: f"{owner}/{name}" if at_hub else f"{arg.checkpoints}/{name}"
-    config.model, config.part = place("openai", name), "vision_projected"
-    config.heads, config.head_scale = "prompts", None
-    tasks = tuple(arg.tasks.split("+")) if arg.tasks else clip_suites.SUITES[arg.suite]
-    config.checkpoints = {task: place("tanganke", f"{name}_{NAMED.get(task, task)}") for task in tasks}
-    whole = {"train": None, "held_out": None, "test": None, "image_size": arg.size}
-    config.suite = common.suite("image", tasks, source=arg.source, family="fusion_bench", **whole)
-    published = {"task_arithmetic": 0.3, "ties": 0.3, "iso_c": 1.5, "iso_cts": 1.5}
-    for label, scale in published.items():
+    arg = common.parse_arg(arg, **ARGUMENTS)
+    config = published(arg)
+    scales = {"task_arithmetic": 0.3, "ties": 0.3, "iso_c": 1.5, "iso_cts": 1.5}
+    for label, scale in scales.items():
         config.settings[label] = {"scale": scale}
     config.methods = (
         "pretrained", "weight_average", "task_arithmetic", "ties", "tsv_m", "iso_c", "iso_cts", "adamerging_taskwise",
         "adamerging", "surgery", "individual",
     )  # fmt: skip
-    if arg.runlocal:
-        common.shrink(config)
-        config.suite.image_size = arg.size
+    return shrink(config, arg) if arg.runlocal else config
+
+
+def tasks_of(arg):
+    """The tasks that are asked for."""
+    return tuple(arg.tasks.split("+")) if arg.tasks else clip_suites.SUITES[arg.suite]
+
+
+def published(arg):
+    """Models, heads and rows for parsed arguments; the methods are still those of every benchmark."""
+    for key, allowed in (("arch", ARCHITECTURES), ("suite", clip_suites.SUITES)):
+        if arg[key] not in allowed:
+            raise ValueError(f"{key}={arg[key]!r}; allowed: {', '.join(allowed)}")
+    config = common.benchmark(f"clip_{arg.arch}_{arg.suite}", seeds=1)
+    name, at_hub = ARCHITECTURES[arg.arch], arg.checkpoints == "hub"
+    place = lambda owner, name: f"{owner}/{name}" if at_hub else f"{arg.checkpoints}/{name}"
+    config.model, config.part = place("openai", name), "vision_projected"
+    config.heads, config.head_scale = "prompts", None
+    tasks = tasks_of(arg)
+    config.checkpoints = {task: place("tanganke", f"{name}_{NAMED.get(task, task)}") for task in tasks}
+    whole = {"train": None, "held_out": None, "test": None, "image_size": arg.size}
+    config.suite = common.suite("image", tasks, source=arg.source, family="fusion_bench", **whole)
+    return config
+
+
+def shrink(config, arg):
+    """The smoke run; the size of pictures is the model's."""
+    common.shrink(config)
+    config.suite.image_size = arg.size
     return config

@@ -10,6 +10,12 @@ from taskvec.training import recipes
 
 RECIPE_TYPES = {f.name: int if f.name in ("steps", "batch_size") else float for f in dataclasses.fields(recipes.Recipe)}
 
+# Settings of methods in a smoke run, at most.
+SHORT = {
+    "steps": 2, "coefficient_steps": 1, "rounds": 1, "epochs": 1, "per_task": 4, "per_set": 4, "batch_size": 8,
+    "shots": 2, "least_batches": 1, "budget": 20,
+}  # fmt: skip
+
 _TRUTH = {"": True, "true": True, "1": True, "false": False, "0": False}
 
 
@@ -141,8 +147,5 @@ def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     for settings in config.settings.values():
         if isinstance(settings.get("scale"), tuple):
             settings.scale = settings.scale[:1]
-        if "steps" in settings:
-            settings.steps = 2
-        if "per_task" in settings:
-            settings.per_task = 4
+        settings.update({key: min(settings[key], most) for key, most in SHORT.items() if settings.get(key) is not None})
     return config

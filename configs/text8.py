@@ -1,6 +1,25 @@
 """Eight text tasks on MiniLM-L6 from a folder of ``text_NAME.jsonl`` files (split, text, label a line).
 
-python -m experiments.benchmark --config=configs/text8.py:source=DATA --workdir=results/text8
+    python -m experiments.benchmark --config=configs/text8.py:source=DATA --workdir=results/text8
+
+Measured, without the adaptive rows, accuracy (%), one seed (0), 292 to 400 test rows a task, two shared CPU cores:
+
+| method | subj | mr | trec | mpqa | agnews | banking77 | snips | tweet_offensive | mean |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+| pretrained | 89.0 | 68.5 | 78.5 | 79.8 | 86.0 | 83.0 | 92.0 | 68.8 | 80.7 |
+| weight_average | 89.7 | 73.5 | 83.5 | 81.5 | 84.5 | 82.5 | 93.8 | 72.0 | 82.6 |
+| lines | 92.1 | 74.5 | 88.8 | 84.5 | 81.5 | 81.8 | 94.5 | 76.2 | 84.2 |
+| ties | 91.4 | 75.8 | 90.5 | 81.5 | 83.2 | 81.8 | 95.0 | 76.0 | 84.4 |
+| task_arithmetic | 92.5 | 74.5 | 91.0 | 82.2 | 81.2 | 81.8 | 95.5 | 78.8 | 84.7 |
+| tsv_m | 92.1 | 75.5 | 91.5 | 84.8 | 84.0 | 83.5 | 95.0 | 78.2 | 85.6 |
+| surgery_inductive | 92.1 | 72.2 | 93.8 | 86.8 | 84.5 | 83.5 | 95.5 | 77.8 | 85.8 |
+| individual | 92.1 | 75.8 | 95.0 | 87.2 | 86.2 | 84.5 | 96.0 | 79.0 | 87.0 |
+| surgery | 92.5 | 75.5 | 95.2 | 87.8 | 87.0 | 84.0 | 96.2 | 79.5 | 87.2 |
+
+Paired differences of means, with their standard error over test rows: the average is above the pretrained model by 1.9
+(0.35), the best static merge above the average by 3.0 (0.44), Surgery on the test rows above that by 1.6 (0.42) and not
+below the experts (-0.2, 0.21). No order is claimed of lines, ties and task_arithmetic, half a point apart. A single
+seed says nothing of the choice of training rows.
 """
 
 from configs import common
@@ -16,4 +35,5 @@ def get_config(arg=None):
     config.suite = common.suite("text", TASKS, source=arg.source, train=800, held_out=128, test=400, max_length=32)
     config.finetune.learning_rate = 5e-5
     config.finetune.steps = 50
+    config.settings.surgery.on = config.settings.surgery_inductive.on = "tsv_m"
     return common.shrink(config) if arg.runlocal else config

@@ -47,6 +47,8 @@ def check(config: Any, workdir: pathlib.Path) -> None:
             missing = {settings["on"], "individual"} - set(config.methods) if name == "surgery" else ()
             if missing:
                 raise ValueError(f"{label} builds on {', '.join(map(repr, missing))}, which is not in config.methods")
+            if "on" in settings and name != "surgery":
+                _check_on(config, label, settings["on"])
             continue
         grid = grid_of(settings)
         if grid and config.suite.held_out < 1:
@@ -61,6 +63,17 @@ def check(config: Any, workdir: pathlib.Path) -> None:
             )
     suites.parse(config.suite)
     workdir.mkdir(parents=True, exist_ok=True)
+
+
+def _check_on(config: Any, label: str, on: str) -> None:
+    """What an adaptive method stands on: one static model of an earlier run, or a data-free method."""
+    if on not in config.methods:
+        registry.get(on)
+        return
+    order, name = in_order(config), method_of(config, on)
+    cards = [methods[name].card for methods in (adaptive_registry.methods(), registry.methods()) if name in methods]
+    if order.index(on) > order.index(label) or name == "individual" or any(c.result != "static" for c in cards):
+        raise ValueError(f"{label} stands on {on!r}, which must be one static model and come before it")
 
 
 def _check_kind(label: str, name: str, settings: dict) -> None:
@@ -136,7 +149,7 @@ class Table:
             list(config.methods),
             tasks,
             np.stack([mean_of(label) for label in config.methods]),
-            title=f"Test accuracy (%), {config.model}, mean of {_count(len(config.seeds), 'seed')}",
+            title=f"Test accuracy (%), {config.model}, mean of {_seeds(rows)}",
         )
         if self.coefficients:
             first = next(iter(self.coefficients.values()))
@@ -159,10 +172,12 @@ class Table:
         )
         versions = ", ".join(f"{k} {v}" for k, v in rows[0].versions.items())
         return (
-            f"Accuracy (%) on test rows ({test}), mean of {_count(len(self.config.seeds), 'seed')}. "
+            f"Accuracy (%) on test rows ({test}), mean of {_seeds(rows)}. "
             f"Peak memory {max(row.peak_memory_mb for row in rows):.0f} MB. {versions}. Protocol `{rows[0].protocol}`."
         )
 
 
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}{'' if n == 1 else 's'}"
+def _seeds(rows: list[rows_lib.Row]) -> str:
+    """How many seeds are done."""
+    n = len({row.seed for row in rows})
+    return f"{n} seed{'' if n == 1 else 's'}"

@@ -55,7 +55,7 @@ def run(bench: Bench, label: str, settings: Mapping[str, Any], done: Mapping[str
     if name in KINDS:
         return KINDS[name](bench, settings, done)
     if name in adaptive_registry.methods():
-        return adaptive(bench, name, settings)
+        return adaptive(bench, name, settings, done)
     return static(bench, name, settings)
 
 
@@ -105,11 +105,15 @@ def static(bench: Bench, name: str, settings: dict) -> Outcome:
     return _evaluated(bench, results.static(merged), settings=resolved, seconds=seconds, data_access=data)
 
 
-def adaptive(bench: Bench, name: str, settings: dict) -> Outcome:
-    """A registered adaptive method; ``data`` says which rows it may look at, by default those of its card."""
-    data = settings.pop("data", adaptive_registry.get(name).card.data)
+def adaptive(bench: Bench, name: str, settings: dict, done: Mapping) -> Outcome:
+    """A registered adaptive method; ``data`` says which rows it may look at, by default those of its card.
+
+    ``on`` of those that have it (SurgeryV2) is an earlier run, or a data-free method with its published settings.
+    """
+    data, on = settings.pop("data", adaptive_registry.get(name).card.data), settings.get("on")
+    given = {**settings, "on": done[on].merged.params_for(0)} if on in done else settings
     start = time.perf_counter()
-    found = learning.learn(bench, name, data, settings)
+    found = learning.learn(bench, name, data, given)
     return _evaluated(
         bench,
         found.merged,

@@ -4,12 +4,11 @@ import logging
 import pathlib
 
 import absl.logging
-import jax
 from absl import app, flags
 from ml_collections import config_flags
 from rich.logging import RichHandler
 
-from taskvec.data import wheels
+from taskvec import host
 from taskvec.io.progress import console
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configs/FILE.py[:ARGS]", lock_config=True)
@@ -26,6 +25,5 @@ def start(argv: list[str]) -> tuple:
     log.addHandler(RichHandler(console=console, show_time=False, show_level=False, show_path=False))
     log.propagate = False
     log.setLevel(logging.INFO)
-    jax.config.update("jax_compilation_cache_dir", str(wheels.cache() / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    host.keep_programs()
     return CONFIG.value, pathlib.Path(WORKDIR.value or f"results/{CONFIG.value.name}")

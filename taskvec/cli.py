@@ -85,8 +85,10 @@ def _add_merge(commands, common: argparse.ArgumentParser) -> None:
 
 
 def _merge(args: argparse.Namespace) -> None:
+    from taskvec import host
     from taskvec.commands import request
 
+    host.keep_programs()
     earlier = None
     memory = request.size(args.memory)
     if args.recipe and args.recipe.endswith(".json"):

@@ -12,7 +12,7 @@ import optax
 
 from taskvec import transforms, tree as trees
 from taskvec.adaptive import objectives
-from taskvec.adaptive.coefficients import coefficients, effective
+from taskvec.adaptive.coefficients import coefficients
 from taskvec.adaptive.fit import Loop
 from taskvec.adaptive.learn import Learned, Problem, learn
 from taskvec.adaptive.registry import adaptive_method
@@ -79,7 +79,7 @@ def adamerging(
     if plus_plus:
         problem = problem._replace(tau=keep_agreeing(problem.theta0, problem.tau))
     groups = trees.groups(problem.theta0, mode)
-    found = learn(
+    return learn(
         problem,
         coefficients(groups, problem.num_tasks, init, constraint),
         lambda outputs: objectives.entropy(outputs.logits),
@@ -89,5 +89,3 @@ def adamerging(
         seed=seed,
         loop=loop,
     )
-    lam = np.asarray(effective(found.learnables["lam"], constraint))
-    return found._replace(coefficients=lam, groups=groups.names)

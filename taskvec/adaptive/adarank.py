@@ -16,7 +16,7 @@ import optax
 
 from taskvec import tree as trees
 from taskvec.adaptive import objectives
-from taskvec.adaptive.coefficients import coefficients, effective
+from taskvec.adaptive.coefficients import coefficients
 from taskvec.adaptive.fit import Loop
 from taskvec.adaptive.learn import Learned, Problem, learn
 from taskvec.adaptive.masks import rank_masks
@@ -168,7 +168,7 @@ def adarank(
     groups = trees.groups(theta0, mode)
     by_group = coefficients(groups, problem.num_tasks, init, constraint)
     problem = problem._replace(theta0=theta0, tau=low_rank_bank(theta0, tau, matrices))
-    found = learn(
+    return learn(
         problem,
         rank_masks(by_group, problem.tau, temperature, kept),
         lambda outputs: objectives.entropy(outputs.logits),
@@ -178,5 +178,3 @@ def adarank(
         seed=seed,
         loop=loop,
     )
-    lam = np.asarray(effective(found.learnables["base"]["lam"], constraint))
-    return found._replace(coefficients=lam, groups=groups.names)

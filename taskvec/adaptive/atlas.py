@@ -102,7 +102,7 @@ def atlas(
     parts.check_labels(rows, "atlas")
     if keep not in ("last", "best"):
         raise ValueError(f"keep={keep!r}; allowed: last, best")
-    parametrisation, groups = parts.free_coefficients(problem, mode, partitions, partitioned, seed)
+    parametrisation = parts.free_coefficients(problem, mode, partitions, partitioned, seed)
     batches, length = rows_lib.zipped(rows, per_task, seed)
     pick = lambda found: found
     if keep == "best":
@@ -120,7 +120,7 @@ def atlas(
         seed=seed,
         loop=loop,
     )
-    return parts.with_coefficients(pick(found), groups)
+    return pick(found)
 
 
 @adaptive_method(
@@ -176,7 +176,7 @@ def atlas_negation(
         raise ValueError(
             f"atlas_negation takes (1 task vector, 2 heads, 2 sets of rows: target, control), found {sizes}"
         )
-    parametrisation, groups = parts.free_coefficients(problem, mode)
+    parametrisation = parts.free_coefficients(problem, mode)
     batches, length = rows_lib.zipped(rows, per_task, seed)
     watched = rows if validation is None else validation
     target0, control0 = accuracy(problem, problem.theta0, watched)
@@ -197,4 +197,4 @@ def atlas_negation(
         seed=seed,
         loop=loop,
     )
-    return parts.with_coefficients(pick(found), groups)
+    return pick(found)

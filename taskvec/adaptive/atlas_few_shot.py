@@ -106,7 +106,7 @@ def atlas_few_shot(
             raise ValueError("a budget goes with mode='tensor' and no partitions")
         chosen = selection.choose_within(problem, rows, budget, select, blockwise, seed)
         pool, problem = problem.num_tasks, problem._replace(tau=chosen.tau)
-    parametrisation, groups = parts.free_coefficients(problem, mode, partitions, partitioned, seed)
+    parametrisation = parts.free_coefficients(problem, mode, partitions, partitioned, seed)
     batches, length = epochs_of(rows, batch_size, least_batches, seed)
     steps, pick = epochs * length, lambda found: found
     if keep == "best":
@@ -122,7 +122,7 @@ def atlas_few_shot(
         seed=seed,
         loop=loop,
     )
-    found = parts.with_coefficients(pick(found), groups)
+    found = pick(found)
     if chosen is None:
         return found
     return found._replace(coefficients=selection.spread_out(found.coefficients, chosen.numbers, pool))

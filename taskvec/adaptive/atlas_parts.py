@@ -4,17 +4,16 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from taskvec import tree as trees
 from taskvec.adaptive import objectives
 from taskvec.adaptive.coefficients import coefficients
 from taskvec.adaptive.fit import Loop
-from taskvec.adaptive.learn import Learned, Outputs, Problem
+from taskvec.adaptive.learn import Outputs, Problem
 from taskvec.adaptive.parametrisation import Parametrisation
 from taskvec.adaptive.rows import Rows
-from taskvec.tree import Groups, Tree
+from taskvec.tree import Tree
 
 TITLE = "Knowledge Composition using Task Vectors with Learned Anisotropic Scaling"
 
@@ -29,7 +28,7 @@ def optimiser(
 
 def free_coefficients(
     problem: Problem, mode: str, partitions: int = 1, partitioned: str = "all", seed: int = 0
-) -> tuple[Parametrisation, Groups]:
+) -> Parametrisation:
     """Coefficients of any sign, zero at the start.
 
     Args:
@@ -48,7 +47,7 @@ def free_coefficients(
         combine = made.combine
         keep = lambda theta0, tau, factor: combine(theta0, tau, factor) if theta0.ndim == 2 else theta0
         made = made._replace(combine=keep)
-    return made, groups
+    return made
 
 
 def lp_penalty(order: int | None, gamma: float = 0.5) -> Callable[[Tree], jax.Array] | None:
@@ -71,11 +70,6 @@ def lp_penalty(order: int | None, gamma: float = 0.5) -> Callable[[Tree], jax.Ar
 def cross_entropies(outputs: Outputs) -> jax.Array:
     """The tasks' mean cross-entropies with their labels: ``[S]``."""
     return objectives.cross_entropy(outputs.logits, outputs.batch["label"])
-
-
-def with_coefficients(found: Learned, groups: Groups) -> Learned:
-    """The result with its learnables as coefficients, which they are."""
-    return found._replace(coefficients=np.asarray(found.learnables["lam"]), groups=groups.names)
 
 
 def check_labels(rows: Rows, name: str) -> None:

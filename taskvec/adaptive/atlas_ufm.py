@@ -141,9 +141,9 @@ def atlas_ufm(
     others = others if len(others) else trusted
     labels = logits_NxC.argmax(-1).astype(np.int32)
     batches, length = two_streams(both, others, trusted, labels, batch_size, seed)
-    parametrisation, groups = parts.free_coefficients(problem, mode, partitions, partitioned, seed)
+    parametrisation = parts.free_coefficients(problem, mode, partitions, partitioned, seed)
     rate = optax.cosine_decay_schedule(learning_rate, max(epochs * length, 1))
-    found = learn(
+    return learn(
         problem,
         parametrisation,
         certain_on_strong(threshold),
@@ -153,7 +153,6 @@ def atlas_ufm(
         seed=seed,
         loop=loop,
     )
-    return parts.with_coefficients(found, groups)
 
 
 def first_views(rows: Rows) -> Rows:

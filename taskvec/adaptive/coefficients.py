@@ -85,7 +85,8 @@ def coefficients(
 
     project = _onto_simplex if constraint == "simplex" else lambda learnables: learnables
     combine = weighted_sum if partitions == 1 else _partitioned(partitions)
-    return Parametrisation(lambda: {"lam": start}, spread, combine, project)
+    table = lambda learnables: (groups.names, effective(learnables["lam"], constraint))
+    return Parametrisation(lambda: {"lam": start}, spread, combine, project, table if partitions == 1 else None)
 
 
 def elementwise(theta0: Tree, num_tasks: int, init: float = 0.3, constraint: str = "identity") -> Parametrisation:

@@ -16,7 +16,7 @@ import optax
 
 from taskvec import tree as trees
 from taskvec.adaptive import objectives
-from taskvec.adaptive.coefficients import coefficients, effective
+from taskvec.adaptive.coefficients import coefficients
 from taskvec.adaptive.fit import Gradient, Loop, LossFn
 from taskvec.adaptive.learn import Learned, Outputs, Problem, learn
 from taskvec.adaptive.masks import concrete
@@ -155,7 +155,7 @@ def concrete_adamerging(
     stages = _two_stages(base.init(), steps, *rates, fresh_mask, jax.random.key(seed))
     optimiser, batches = _outer(learning_rate, steps), _pairs(cyclic(rows, per_task, seed), steps)
     total = steps + coefficient_steps
-    found = learn(
+    return learn(
         problem,
         masked("sample"),
         _entropy,
@@ -167,8 +167,6 @@ def concrete_adamerging(
         seed=seed,
         loop=loop,
     )
-    lam = np.asarray(effective(found.learnables["base"]["lam"], constraint))
-    return found._replace(coefficients=lam, groups=groups.names)
 
 
 def _outer(learning_rate: float, steps: int) -> optax.GradientTransformation:

@@ -10,7 +10,7 @@ import optax
 
 from taskvec import tree as trees
 from taskvec.adaptive import objectives
-from taskvec.adaptive.coefficients import coefficients, effective
+from taskvec.adaptive.coefficients import coefficients
 from taskvec.adaptive.fit import Loop
 from taskvec.adaptive.learn import Learned, Problem, learn
 from taskvec.adaptive.registry import adaptive_method
@@ -71,7 +71,7 @@ def divmerge(
         raise ValueError(f"unknown divergence {divergence!r}; allowed: {', '.join(DIVERGENCES)}")
     rows = rows if rows.targets is not None else with_targets(problem, rows)
     groups = trees.groups(problem.theta0, mode)
-    found = learn(
+    return learn(
         problem,
         coefficients(groups, problem.num_tasks, init, constraint),
         lambda outputs: DIVERGENCES[divergence](outputs.logits, outputs.target_logits),
@@ -81,5 +81,3 @@ def divmerge(
         seed=seed,
         loop=loop,
     )
-    lam = np.asarray(effective(found.learnables["lam"], constraint))
-    return found._replace(coefficients=lam, groups=groups.names)

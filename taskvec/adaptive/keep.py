@@ -14,7 +14,7 @@ import numpy as np
 
 from taskvec.adaptive import teachers
 from taskvec.adaptive.fit import Evaluate, Loop
-from taskvec.adaptive.learn import Learned, Problem
+from taskvec.adaptive.learn import Learned, Problem, with_table
 from taskvec.adaptive.parametrisation import Parametrisation
 from taskvec.adaptive.rows import Rows
 from taskvec.training import heads as heads_lib
@@ -103,7 +103,8 @@ def keep_best(
 
     def pick(found: Learned) -> Learned:
         params = jax.jit(parametrisation.merge)(problem.theta0, problem.tau, best["learnables"])
-        return found._replace(params=params, learnables=best["learnables"], kept=best["kept"])
+        found = found._replace(params=params, learnables=best["learnables"], kept=best["kept"])
+        return with_table(found, parametrisation)
 
     both = every if theirs is None else math.gcd(every, theirs.every)
     return loop._replace(evaluate=Evaluate(both, call, ends)), pick

@@ -99,6 +99,14 @@ class Learned(NamedTuple):
     kept: int | None = None
 
 
+def with_table(found: Learned, parametrisation: Parametrisation) -> Learned:
+    """The result with the coefficients that its learnables stand for, if they do."""
+    if parametrisation.table is None:
+        return found
+    groups, values = parametrisation.table(jax.tree.map(jnp.asarray, found.learnables))
+    return found._replace(coefficients=np.asarray(values), groups=groups)
+
+
 def make_loss(
     problem: Problem,
     parametrisation: Parametrisation,
@@ -242,7 +250,8 @@ def learn(
     def result(learnables: Tree, history: dict[str, np.ndarray]) -> Learned:
         params = merge(*frozen[:2], learnables["merge"], jax.random.key(seed))
         trained = heads._replace(kernel=learnables["heads"]) if train_heads else None
-        return Learned(params, jax.tree.map(np.asarray, learnables["merge"]), history, heads=trained)
+        found = Learned(params, jax.tree.map(np.asarray, learnables["merge"]), history, heads=trained)
+        return with_table(found, parametrisation)
 
     watch = loop.watch()
     if loop.evaluate is not None:

@@ -144,7 +144,7 @@ def lorahub(
     groups = trees.groups(problem.theta0, "task")
     parametrisation = coefficients(groups, problem.num_tasks, 0.0, "identity")
     batch = rows.batch([np.arange(rows.counts[0])])
-    found = learn(
+    return learn(
         problem,
         composed(parametrisation) if factors else parametrisation,
         parts.cross_entropies,
@@ -156,4 +156,3 @@ def lorahub(
         seed=seed,
         loop=loop,
     )
-    return parts.with_coefficients(found, groups)

@@ -65,8 +65,7 @@ def concrete(
         m = draw(factor).astype(dtype)
         return theta0.astype(dtype) + m / jnp.maximum(m.mean(), jnp.finfo(dtype).tiny) * delta
 
-    project = lambda learnables: learnables | {"base": base.project(learnables["base"])}
-    return Parametrisation(start, spread, combine, project)
+    return Parametrisation(start, spread, combine, *_of_base(base))
 
 
 def _draws(mask: str, temperature: float) -> Callable[[Tree], Array]:
@@ -103,6 +102,12 @@ def _mixed(x: Array) -> Array:
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
+
+
+def _of_base(base: Parametrisation) -> tuple[Callable, Callable | None]:
+    """`project` and `table` of what is wrapped."""
+    project = lambda learnables: learnables | {"base": base.project(learnables["base"])}
+    return project, base.table and (lambda learnables: base.table(learnables["base"]))
 
 
 def rank_masks(base: Parametrisation, tau: Tree, temperature: float = 10.0, kept: float = 1.0) -> Parametrisation:
@@ -149,5 +154,4 @@ def rank_masks(base: Parametrisation, tau: Tree, temperature: float = 10.0, kept
         mask_Txr = (soft_Txr > 0.5) + (soft_Txr - jax.lax.stop_gradient(soft_Txr))
         return base.combine(theta0, LowRank(tau.up * mask_Txr[:, None, :], tau.down), factor["base"])
 
-    project = lambda learnables: learnables | {"base": base.project(learnables["base"])}
-    return Parametrisation(start, spread, combine, project)
+    return Parametrisation(start, spread, combine, *_of_base(base))

@@ -54,12 +54,15 @@ class Parametrisation(NamedTuple):
       combine: ``(theta0 [...], tau, factor) -> [...]`` for one per-layer tensor; tau is ``[T, ...]`` or `LowRank`.
       project: ``learnables -> learnables``, applied after every optimiser step (the identity unless the method has
         a feasible set).
+      table: ``learnables -> (names of G groups, [G, T])``, the coefficients that multiply task vectors; ``None`` where
+        that is not what is learned.
     """
 
     init: Callable[[], Tree]
     spread: Callable[[Tree, Any], Tree]
     combine: Callable[[Array, Any, Any], Array]
     project: Callable[[Tree], Tree] = lambda learnables: learnables
+    table: Callable[[Tree], tuple[tuple[str, ...], Array]] | None = None
 
     def merge_tensor(self, theta0: Array, tau: Any, factor: Any) -> Array:
         """Merges one per-layer tensor in `theta0`'s dtype; integer and boolean tensors are copied from `theta0`."""
@@ -89,7 +92,10 @@ def fixed(parametrisation: Parametrisation, learnables: Tree | None = None) -> P
     """The same merge with nothing to learn: its learnables stay as given, or as they start."""
     kept = parametrisation.init() if learnables is None else learnables
     return parametrisation._replace(
-        init=lambda: {}, spread=lambda _, key: parametrisation.spread(kept, key), project=lambda nothing: nothing
+        init=lambda: {},
+        spread=lambda _, key: parametrisation.spread(kept, key),
+        project=lambda nothing: nothing,
+        table=None if parametrisation.table is None else lambda _: parametrisation.table(kept),
     )
 
 

@@ -10,7 +10,7 @@ import optax
 
 from taskvec import tree as trees
 from taskvec.adaptive import objectives
-from taskvec.adaptive.coefficients import coefficients, effective
+from taskvec.adaptive.coefficients import coefficients
 from taskvec.adaptive.fit import Loop
 from taskvec.adaptive.learn import Learned, Problem, learn
 from taskvec.adaptive.optimisers import sharpness_aware
@@ -76,7 +76,7 @@ def samerging(
     problem.check()
     rows = rows if rows.targets is not None else with_targets(problem, rows)
     groups = trees.groups(problem.theta0, mode)
-    found = learn(
+    return learn(
         problem,
         coefficients(groups, problem.num_tasks, init, constraint),
         lambda outputs: objectives.kl(outputs.logits, outputs.target_logits, temperature),
@@ -87,5 +87,3 @@ def samerging(
         seed=seed,
         loop=loop,
     )
-    lam = np.asarray(effective(found.learnables["lam"], constraint))
-    return found._replace(coefficients=lam, groups=groups.names)

@@ -17,7 +17,7 @@ import optax
 
 from taskvec import tree as trees
 from taskvec.adaptive import atlas_parts as parts, objectives
-from taskvec.adaptive.coefficients import coefficients, effective
+from taskvec.adaptive.coefficients import coefficients
 from taskvec.adaptive.fit import Loop
 from taskvec.adaptive.learn import Learned, Outputs, Problem, learn
 from taskvec.adaptive.parametrisation import Parametrisation
@@ -41,7 +41,11 @@ def scaled(parametrisation: Parametrisation, scale: float, train: bool = True) -
     def project(learnables: Tree) -> Tree:
         return learnables | parametrisation.project({"lam": learnables["lam"]})
 
-    return parametrisation._replace(init=init, spread=spread, project=project)
+    def table(learnables: Tree) -> tuple:
+        groups, values = parametrisation.table(learnables)
+        return groups, learnables.get("scale", scale) * values
+
+    return parametrisation._replace(init=init, spread=spread, project=project, table=table)
 
 
 def without_heads(problem: Problem, sets: int, rows: Rows) -> Problem:
@@ -107,7 +111,7 @@ def self_positioning(
     def objective(outputs: Outputs) -> jax.Array:
         return objectives.info_nce(*jnp.split(outputs.features, 2, axis=1), temperature)
 
-    found = learn(
+    return learn(
         without_heads(problem, len(rows.counts), pairs),
         scaled(coefficients(groups, num_tasks, start, constraint), scale, train_scale),
         objective,
@@ -117,6 +121,3 @@ def self_positioning(
         seed=seed,
         loop=loop,
     )
-    lam = effective(jnp.asarray(found.learnables["lam"]), constraint)
-    coef_1xT = np.asarray(found.learnables.get("scale", np.float32(scale)) * lam)
-    return found._replace(coefficients=coef_1xT, groups=groups.names)

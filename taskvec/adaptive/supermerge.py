@@ -18,7 +18,7 @@ import optax
 
 from taskvec import tree as trees, vectors
 from taskvec.adaptive import atlas_parts as parts
-from taskvec.adaptive.coefficients import coefficients, effective
+from taskvec.adaptive.coefficients import coefficients
 from taskvec.adaptive.fit import Loop
 from taskvec.adaptive.learn import Learned, Problem, learn
 from taskvec.adaptive.registry import adaptive_method
@@ -129,8 +129,7 @@ def supermerge(
             seed=seed,
             loop=loop,
         )
-        own_GxN = np.asarray(effective(jnp.asarray(found.learnables["lam"]), "tanh"))
-        return found, np.einsum("gn,gtn->gt", own_GxN, below_GxTxN)
+        return found, np.einsum("gn,gtn->gt", found.coefficients, below_GxTxN)
 
     found, coef_GxT = fold(nodes)
     return found._replace(coefficients=coef_GxT.astype(np.float32), groups=tensor_groups.names)

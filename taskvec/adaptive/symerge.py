@@ -13,7 +13,7 @@ import optax
 
 from taskvec import tree as trees
 from taskvec.adaptive import objectives
-from taskvec.adaptive.coefficients import coefficients, effective
+from taskvec.adaptive.coefficients import coefficients
 from taskvec.adaptive.fit import Loop
 from taskvec.adaptive.learn import Learned, Outputs, Problem, learn
 from taskvec.adaptive.optimisers import by_task
@@ -98,7 +98,7 @@ def symerge(
     # Adam's epsilon stands beside a gradient that is `scale` times as large as that by the scaled weights.
     of_heads = by_task(optax.adam(head_learning_rate / scale, eps=1e-8 * scale))
     parts = {"merge": optax.adam(learning_rate), "heads": of_heads}
-    found = learn(
+    return learn(
         problem,
         coefficients(groups, problem.num_tasks, init, constraint),
         objective,
@@ -109,5 +109,3 @@ def symerge(
         seed=seed,
         loop=loop,
     )
-    lam = np.asarray(effective(found.learnables["lam"], constraint))
-    return found._replace(coefficients=lam, groups=groups.names)

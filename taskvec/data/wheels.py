@@ -18,6 +18,7 @@ import zipfile
 from collections.abc import Iterator
 
 from taskvec.data.packages import PACKAGES, Package
+from taskvec.host import cache
 
 log = logging.getLogger(__name__)
 
@@ -28,11 +29,6 @@ class Unavailable(RuntimeError):
 
 class Corrupt(RuntimeError):
     """A file does not have the pinned sha256, or lacks what is wanted from it."""
-
-
-def cache() -> pathlib.Path:
-    """The cache folder: ``$TASKVEC_CACHE``, else ``~/.cache/taskvec``."""
-    return pathlib.Path(os.environ.get("TASKVEC_CACHE") or "~/.cache/taskvec").expanduser()
 
 
 def fetch(name: str) -> pathlib.Path:

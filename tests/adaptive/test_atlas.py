@@ -143,7 +143,7 @@ def test_partitions_share_the_gradient_of_the_tensor():
 
     frozen = (what.theta0, what.tau, what.heads)
     for partitioned in ("all", "matrices"):
-        parametrisation, _ = free_coefficients(what, "tensor", 3, partitioned)
+        parametrisation = free_coefficients(what, "tensor", 3, partitioned)
         loss = make_loss(what, parametrisation, cross_entropies)
         start = {"merge": parametrisation.init()}
         found = jax.jit(jax.grad(loss, has_aux=True))(start, frozen, batch, None)[0]["merge"]["lam"]
@@ -185,7 +185,7 @@ def test_linearised_models():
     """Features are ``f(theta0) + J sum lam tau``; the derivative by hand."""
     theta0, tau, kernels, rows = setting()
     what = problem(theta0, tau, kernels, linear=True)
-    parametrisation, _ = free_coefficients(what, "tensor")
+    parametrisation = free_coefficients(what, "tensor")
     batch = {"x": rows.take(0, np.arange(5))["x"]}
     lam = np.random.default_rng(1).normal(size=(4, TASKS))
     d = {k: np.tensordot(lam[i], tau[k], 1) for i, k in enumerate(NAMES)}

@@ -26,7 +26,7 @@ def test_scanned_equals_whole():
     groups = trees.groups(theta0, "task")
     for made in (
         scaled(composed(coefficients(groups, TASKS, 0.0, "softmax")), 0.7),
-        free_coefficients(Problem(toy.apply, theta0, tau, None, True), "tensor", 3, "matrices")[0],
+        free_coefficients(Problem(toy.apply, theta0, tau, None, True), "tensor", 3, "matrices"),
     ):
         learnables = jax.tree.map(lambda x: jnp.asarray(rng.normal(0.3, 0.2, x.shape), x.dtype), made.init())
         lazy = lambda path, shape: path == "embeddings/word"

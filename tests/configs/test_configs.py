@@ -15,6 +15,11 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 NAMES = (
     "clip", "clip_small", "finetune_clip", "finetune_text", "glue", "llama_pair", "quickstart", "text4", "text8",
     "vision3", "vision5",
+    *(f"adaptive.{name}" for name in (
+        "adamerging", "adarank", "atlas", "atlas_few_shot", "atlas_negation", "atlas_ufm", "concrete", "divmerge",
+        "fw_merging", "lorahub", "prodistill", "samerging", "self_positioning", "sens_merging", "supermerge", "surgery",
+        "surgery_v2", "symerge",
+    )),
 )  # fmt: skip
 
 
@@ -24,8 +29,9 @@ def resolved(name: str) -> str:
 
 
 def test_every_config_has_a_golden_file():
-    files = {p.stem for p in (pathlib.Path(common.__file__).parent).glob("*.py")} - {"__init__", "common"}
-    assert files == set(NAMES)
+    root = pathlib.Path(common.__file__).parent
+    files = {".".join(p.relative_to(root).with_suffix("").parts) for p in root.rglob("*.py") if p.stem != "__init__"}
+    assert files - {"common"} == set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)

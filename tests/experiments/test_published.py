@@ -1,6 +1,5 @@
 """The configs of published checkpoints, and of a transformer trained from nothing, on stand-ins of the true layout."""
 
-import jax
 import numpy as np
 import pytest
 
@@ -8,29 +7,15 @@ from configs import clip, clip_small
 from experiments import benchmark, prepare
 from taskvec import models
 from taskvec.evaluation import rows as rows_lib
-from tests.data.pictures_for_tests import folders
-from tests.experiments.test_finetune import RECORDED, with_tokenizer
-
-ARCHITECTURE = "clip-vit-base-patch32"
+from tests.experiments import published as stand_ins
+from tests.experiments.published import ARCHITECTURE, arguments
+from tests.experiments.test_finetune import RECORDED
 
 
 @pytest.fixture
 def published(tmp_path, monkeypatch):
-    """Folders called like the published ones: both towers, and for two tasks an image tower that differs a little."""
     monkeypatch.setattr(prepare, "EXPERTS", tmp_path / "experts")
-    base = with_tokenizer(tmp_path / ARCHITECTURE, "clip_both", 59, 60)
-    tower, params = models.load(base, part="vision")
-    for i, task in enumerate(("mnist", "svhn")):
-        key = jax.random.key(i)
-        tuned = jax.tree.map(lambda x, key=key: x + 0.02 * jax.random.normal(key, x.shape), params)
-        models.save(tmp_path / f"{ARCHITECTURE}_{task}", tower, tuned)
-        for split in ("train", "test"):
-            folders(tmp_path / "data" / task / split, [str(digit) for digit in range(10)], 5)
-    return tmp_path
-
-
-def arguments(published) -> str:
-    return f"checkpoints={published},source={published / 'data'},tasks=mnist+svhn,size=20,runlocal"
+    return stand_ins.write(tmp_path)
 
 
 def test_clip_checkpoints_are_merged_under_heads_from_prompts(published):

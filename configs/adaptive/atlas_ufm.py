@@ -1,0 +1,35 @@
+"""aTLAS at test time (Zhang et al., NeurIPS 2024, arXiv 2407.02880): a new task without labels, by UFM.
+
+    python -m experiments.benchmark --config=configs/adaptive/atlas_ufm.py:arch=b32,suite=clip20
+
+Every task in turn is the new one, the task vectors are those of the others. Settings of the released code: AdamW 1e-3
+falling to 0 along a cosine, weight decay 0.1, normalised gradient, 10 epochs, 128 rows a step, a quarter of them
+trusted, threshold 0.99, start 0.
+
+No published number was seen. Not reproduced: the authors' 22 tasks and checkpoints (take suite=clip20); the strong
+augmentation of the second view (the benchmark's rows have one view, which serves as both); the released code trusts
+every row, which is taken as a slip, and keeps the best epoch on test labels, here the last.
+"""
+
+from configs import adaptive
+
+
+def get_config(arg=None):
+    """Arguments: those of `configs/clip.py`; two tasks or more."""
+    return adaptive.protocol("atlas_ufm", arg, rows)
+
+
+def rows(arg):
+    """The rows of this method."""
+    return adaptive.transductive_and_not(
+        "atlas_ufm",
+        per_class=None,  # a tenth of the rows of a class, at most 100
+        threshold=0.99,
+        mode="tensor",
+        partitions=1,
+        epochs=10,
+        learning_rate=1e-3,
+        weight_decay=0.1,
+        gradient_norm=1.0,
+        batch_size=128,
+    )

@@ -1,0 +1,78 @@
+"""What every registered adaptive method must satisfy, on a scanned toy transformer and in a few steps.
+
+Its card is sound and its settings have defaults; the result has theta0's names, shapes and dtypes and is finite; the
+same seed gives the same bits; unknown settings are refused by name.
+"""
+
+import jax
+import numpy as np
+import pytest
+
+from taskvec import tree as trees
+from taskvec.adaptive import registry, rows as rows_lib
+from taskvec.adaptive.learn import Problem
+from taskvec.merging.registry import DATA, RESULTS
+from taskvec.training.heads import Heads
+from tests.adaptive import test_learn, toy_models as toy
+
+SHORT = {
+    "steps": 2, "coefficient_steps": 1, "rounds": 1, "epochs": 1, "per_task": 2, "per_set": 2, "batch_size": 4,
+    "shots": 2, "least_batches": 1, "budget": None, "per_class": 1, "matrices": "mlp/",
+}  # fmt: skip
+NEEDS_BLOCKS = ("prodistill", "surgery_v2")  # and hooks: tested on models of the library, test_prodistill.py and others
+
+
+def problem_and_rows(name: str) -> tuple[Problem, rows_lib.Rows]:
+    problem, card = test_learn.problem(), registry.get(name).card
+    rows = test_learn.rows(labelled=card.data == "few labelled")
+    if name == "self_positioning":
+        take = rows.take
+        rows = rows._replace(take=lambda t, n: {**take(t, n), "second_ids": take(t, n[::-1])["ids"]})
+    some = lambda tasks: jax.tree.map(lambda x: x[np.array(tasks)], problem.heads._replace(scale=np.zeros(3)))
+    heads = lambda tasks: Heads(some(tasks).kernel, some(tasks).class_mask, problem.heads.scale)
+    if name in ("atlas_few_shot", "atlas_ufm", "lorahub"):
+        return problem._replace(heads=heads([0])), rows.only([0])
+    if name == "atlas_negation":
+        one = trees.map_with_path(lambda path, x: x[:, :1] if trees.is_stacked(path) else x[:1], problem.tau)
+        return problem._replace(tau=one, heads=heads([0, 2])), rows.only([0, 2])
+    return problem, rows
+
+
+def settings_of(name: str) -> dict:
+    given = {key: SHORT[key] for key in registry.get(name).defaults if key in SHORT}
+    if name == "lorahub":
+        given["budget"] = 20
+    if name == "fw_soft":
+        given["adapt"] = test_learn.rows()
+    return given
+
+
+@pytest.mark.parametrize("name", sorted(registry.methods()))
+def test_card(name):
+    method = registry.get(name)
+    card = method.card
+    assert method.name == name and card.title and card.summary and card.arxiv and card.year >= 2020
+    assert card.data in DATA[1:] and card.result in RESULTS
+    assert method.run.__doc__ and "Args:" in method.run.__doc__ and "Raises:" in method.run.__doc__
+    with pytest.raises(ValueError, match="has no setting 'lambada'"):
+        method(None, None, lambada=0.3)
+
+
+@pytest.mark.parametrize("name", sorted(set(registry.methods()) - set(NEEDS_BLOCKS)))
+def test_a_short_run(name):
+    problem, rows = problem_and_rows(name)
+    run = lambda: registry.get(name)(problem, rows, seed=3, **settings_of(name))
+    found, again = run(), run()
+    for path, x in trees.flatten(problem.theta0).items():
+        y = trees.flatten(found.params)[path]
+        assert (y.shape, y.dtype) == (x.shape, x.dtype) and np.isfinite(y).all()
+        np.testing.assert_array_equal(y, trees.flatten(again.params)[path])
+    assert trees.flatten(found.params).keys() == trees.flatten(problem.theta0).keys()
+    if found.coefficients is not None:
+        assert found.coefficients.shape == (len(found.groups), problem.num_tasks)
+        assert found.coefficients.dtype == np.float32
+    assert (found.heads is not None) == registry.get(name).card.heads_trained
+    assert (found.merged is not None or found.heads is not None) == (
+        registry.get(name).card.result == "task-conditioned"
+    )
+    assert toy.apply(found.params, toy.batch(0, 2))["features"].shape == (2, toy.WIDTH)

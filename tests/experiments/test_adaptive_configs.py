@@ -1,0 +1,110 @@
+"""The configs of adaptive methods resolve for every model and suite, and run through the benchmark's own function."""
+
+import importlib
+import pathlib
+
+import numpy as np
+import pytest
+
+from configs import adaptive, clip, text8
+from experiments import output, prepare, runs
+from taskvec.adaptive import registry
+from taskvec.data import clip_suites
+from tests.experiments import published as stand_ins
+
+NAMES = sorted(path.stem for path in pathlib.Path(adaptive.__file__).parent.glob("*.py") if path.stem != "__init__")
+
+
+def module(name: str):
+    return importlib.import_module(f"configs.adaptive.{name}")
+
+
+@pytest.fixture(scope="module")
+def stand_in(tmp_path_factory):
+    root = stand_ins.write(tmp_path_factory.mktemp("published"))
+    (root / "texts").mkdir()
+    for task in text8.TASKS:
+        (root / "texts" / f"text_{task}.jsonl").touch()
+    return root
+
+
+@pytest.fixture(scope="module")
+def bench(stand_in):
+    config = clip.get_config(stand_ins.arguments(stand_in))
+    return prepare.prepare(config, prepare.load_base(config), 0)
+
+
+@pytest.fixture(scope="module")
+def done(bench):
+    """Runs that others stand on."""
+    return {label: runs.run(bench, label, {}, {}) for label in ("pretrained", "weight_average", "individual")}
+
+
+def config_of(name: str, root):
+    if name == "self_positioning":
+        return module(name).get_config(f"source={root / 'texts'},runlocal")
+    return module(name).get_config(stand_ins.arguments(root))
+
+
+def own(config) -> list[str]:
+    return [label for label in config.methods if label not in ("pretrained", "weight_average", "individual")]
+
+
+def one_a_method(config) -> list[str]:
+    """The first row of every method of a config that others do not stand on."""
+    found, below = {}, {config.settings[label].get("on") for label in own(config)}
+    for label in own(config):
+        if label not in below:
+            found.setdefault(output.method_of(config, label), label)
+    return list(found.values())
+
+
+def run(bench, config, label, done):
+    settings = config.settings[label]
+    if settings.get("on") not in (None, *done):
+        done = {**done, settings["on"]: run(bench, config, settings["on"], done)}
+    outcome = runs.run(bench, label, settings, done)
+    assert len(outcome.test) == len(bench.tasks)
+    for features, task in zip(outcome.test, bench.tasks, strict=True):
+        assert features.shape == (len(task.test.labels), bench.heads.kernel.shape[1])
+        assert np.isfinite(features).all()
+    return outcome
+
+
+def test_every_method_has_a_config(stand_in):
+    configs = [config_of(name, stand_in) for name in NAMES]
+    found = {output.method_of(config, label) for config in configs for label in own(config)}
+    assert found - {"task_arithmetic", "ties"} == registry.methods().keys()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_passes_the_checks(name, stand_in, tmp_path):
+    config = config_of(name, stand_in)
+    output.check(config, tmp_path)
+    assert config.methods[-1] == "individual" and "python -m experiments.benchmark" in module(name).__doc__
+    if name == "self_positioning":
+        return output.check(module(name).get_config(f"source={stand_in / 'texts'}"), tmp_path)
+    for arch in clip.ARCHITECTURES:
+        for suite in clip_suites.SUITES:
+            whole = module(name).get_config(f"arch={arch},suite={suite}")
+            output.check(whole, tmp_path)
+            assert len(whole.suite.tasks) == len(clip_suites.SUITES[suite])
+    return None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_row_a_method_runs(name, stand_in, bench, done):
+    config = config_of(name, stand_in)
+    if name != "self_positioning":  # made for texts; its row runs on pictures as well
+        assert (config.suite, config.checkpoints) == (bench.config.suite, bench.config.checkpoints)
+    for label in one_a_method(config):
+        assert run(bench, config, label, done).data_access == config.settings[label].data
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_all_rows_run(name, stand_in, bench, done):
+    config, mine = config_of(name, stand_in), dict(done)
+    for label in output.in_order(config):
+        if label not in mine:
+            mine[label] = run(bench, config, label, mine)
