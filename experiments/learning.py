@@ -5,7 +5,6 @@ Most learn one model for all tasks. Others are about one task: a pool of the oth
 ``control_task``).
 """
 
-import inspect
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +27,7 @@ TOKENWISE = ("prodistill", "surgery_v2")  # look at the tokens of every row: tex
 ONE_OUT = ("atlas_few_shot", "atlas_ufm", "lorahub")
 PAIRED = ("self_positioning",)
 NEGATION = ("target", "control_task")
+ADAPT = ("unlabelled test", "unlabelled train")  # rows beside the labelled ones, as published and inductive
 
 
 class Found(NamedTuple):
@@ -39,9 +39,11 @@ class Found(NamedTuple):
 
 
 def settings_of(name: str) -> dict[str, Any]:
-    """The settings that a config may give a method, with their defaults."""
+    """The settings that a config may give a method, with their defaults; `ADAPT` for rows that are a setting."""
     more = dict.fromkeys(NEGATION, "") if name == "atlas_negation" else {}
-    given = {key: value for key, value in registry.get(name).defaults.items() if key not in ("adapt", "validation")}
+    given = {key: value for key, value in registry.get(name).defaults.items() if key != "validation"}
+    if "adapt" in given:
+        more["adapt"] = ADAPT[0]
     return {**given, **more}
 
 
@@ -59,8 +61,8 @@ def learn(bench: Bench, name: str, data: str, settings: dict[str, Any]) -> Found
         return Found(results.static(found.params))
     if name in PAIRED:
         given = pairs(given, bench.seed)
-    if "adapt" in inspect.signature(registry.get(name).run).parameters:
-        settings = {**settings, "adapt": rows(bench, "unlabelled test")}
+    if "adapt" in (known := settings_of(name)):
+        settings = {**settings, "adapt": rows(bench, settings.get("adapt", known["adapt"]))}
     found = _run(bench, name, problem(bench), given, settings)
     table = None if found.coefficients is None else (found.groups, found.coefficients)
     return Found(found.merged or results.static(found.params), table, found.heads)
@@ -156,6 +158,8 @@ def check(name: str, settings: dict[str, Any], tasks: tuple[str, ...]) -> None:
     """Raises `ValueError` for what cannot run on a benchmark of these tasks."""
     if name in ONE_OUT and len(tasks) < 2:
         raise ValueError(f"{name} learns a task from the others' vectors: it needs two tasks or more, got {tasks}")
+    if settings.get("adapt", ADAPT[0]) not in ADAPT:
+        raise ValueError(f"adapt is {settings['adapt']!r}; allowed: {', '.join(ADAPT)}")
     if name == "atlas_negation":
         chosen = [settings.get(key) for key in NEGATION]
         if not set(chosen) <= set(tasks) or chosen[0] == chosen[1]:

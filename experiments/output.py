@@ -1,6 +1,5 @@
 """What a benchmark leaves: rows, the report, two figures, the coefficients; and the checks before it starts."""
 
-import inspect
 import itertools
 import pathlib
 from typing import Any
@@ -9,7 +8,7 @@ import numpy as np
 
 from experiments import learning, scoring
 from experiments.prepare import Bench
-from experiments.runs import KINDS, Outcome, grid_of
+from experiments.runs import KINDS, SURGERY, Outcome, grid_of
 from taskvec.adaptive import registry as adaptive_registry
 from taskvec.analysis import figures, report
 from taskvec.data import suites
@@ -18,7 +17,6 @@ from taskvec.evaluation.evaluate import accuracy
 from taskvec.io import coefficients
 from taskvec.io.safetensors_format import write_text
 from taskvec.merging import registry
-from taskvec.modular import surgery
 
 BEST_STATIC = "best static"
 
@@ -79,8 +77,7 @@ def _check_on(config: Any, label: str, on: str) -> None:
 def _check_kind(label: str, name: str, settings: dict) -> None:
     if name in KINDS:
         needed = {"data", "on"} if name == "surgery" else set()
-        function = surgery.train if name == "surgery" else lambda: None
-        allowed = needed | {p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
+        allowed = needed | (set(SURGERY) if name == "surgery" else set())
     else:
         needed, allowed = set(), {"data", *learning.settings_of(name)}
     unknown, missing = sorted(settings.keys() - allowed), sorted(needed - settings.keys())
@@ -90,8 +87,9 @@ def _check_kind(label: str, name: str, settings: dict) -> None:
         )
     labelled = name in adaptive_registry.methods() and adaptive_registry.get(name).card.data == "few labelled"
     access = rows_lib.DATA_ACCESS[3:] if labelled or name in learning.PAIRED else rows_lib.DATA_ACCESS[1:3]
-    if "data" in settings and settings["data"] not in access:
-        raise ValueError(f"{label}: data is {settings['data']!r}; allowed: {', '.join(access)}")
+    default = adaptive_registry.get(name).card.data if name in adaptive_registry.methods() else access[0]
+    if settings.get("data", default) not in access:
+        raise ValueError(f"{label}: data is {settings.get('data', default)!r}; allowed: {', '.join(access)}")
 
 
 class Table:

@@ -1,5 +1,6 @@
 """One function a kind of method: each takes a `Bench` and settings and returns what to score and what to record."""
 
+import inspect
 import itertools
 import time
 from collections.abc import Callable, Mapping
@@ -114,15 +115,26 @@ def adaptive(bench: Bench, name: str, settings: dict, done: Mapping) -> Outcome:
     given = {**settings, "on": done[on].merged.params_for(0)} if on in done else settings
     start = time.perf_counter()
     found = learning.learn(bench, name, data, given)
+    access = seen(data, done[on].data_access) if on in done else data
     return _evaluated(
         bench,
         found.merged,
         settings={**learning.settings_of(name), **settings},
         seconds=time.perf_counter() - start,
-        data_access=data,
+        data_access=access,
         coefficients=found.coefficients,
         heads=found.heads,
     )
+
+
+def seen(*access: str) -> str:
+    """The access of a result that stands on another: whoever saw test rows is transductive, then labels count."""
+    return next(each for each in ("unlabelled test", "few labelled", "unlabelled train", "none") if each in access)
+
+
+_PARAMETERS = inspect.signature(surgery_lib.train).parameters.values()
+_NOT_SETTINGS = ("seed", "chunk", "on_chunk")
+SURGERY = {p.name: p.default for p in _PARAMETERS if p.kind is p.KEYWORD_ONLY and p.name not in _NOT_SETTINGS}
 
 
 def surgery(bench: Bench, settings: dict, done: Mapping) -> Outcome:
@@ -135,7 +147,7 @@ def surgery(bench: Bench, settings: dict, done: Mapping) -> Outcome:
     start = time.perf_counter()
     merged = done[on].test if transductive else done[on].held_out()
     teacher = done["individual"].test if transductive else done["individual"].held_out()
-    with bar(f"Surgery on {on}, seed {bench.seed}", settings["steps"]) as update:
+    with bar(f"Surgery on {on}, seed {bench.seed}", {**SURGERY, **settings}["steps"]) as update:
         show = lambda step, metrics: update(step, f"l1 {metrics['loss'][-1]:.3f}")
         adapters = surgery_lib.train(merged, teacher, seed=bench.seed, on_chunk=show, **settings)
     correct = lambda features: [np.asarray(surgery_lib.apply(adapters, t, z)) for t, z in enumerate(features)]
@@ -143,9 +155,9 @@ def surgery(bench: Bench, settings: dict, done: Mapping) -> Outcome:
         merged=results.corrected(done[on].merged, lambda t, z: surgery_lib.apply(adapters, t, z)),
         test=correct(done[on].test),
         held_out=lambda: correct(done[on].held_out()),
-        settings={"on": on, **settings},
+        settings={"on": on, **SURGERY, **settings},
         seconds=time.perf_counter() - start,
-        data_access=data,
+        data_access=seen(data, done[on].data_access),
     )
 
 

@@ -1,4 +1,4 @@
-"""The host that jax runs on: memory that jax takes as it is, the cache folder, compiled programs kept for later runs."""
+"""The host that jax runs on: memory that jax takes as it is, the cache folder, programs kept for later runs."""
 
 import os
 import pathlib

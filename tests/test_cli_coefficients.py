@@ -73,6 +73,10 @@ def test_refusals_and_the_plan(tmp_path, capsys):
     assert "are of 2 tasks (svhn, cars), but 1 experts" in refused(capsys, *call("svhn"))
     assert "call each by its task, --expert TASK=MODEL" in refused(capsys, *call("svhn", "x"))
     assert "are of another model" in refused(capsys, *call("svhn", "cars", folder="bert_odd"))
+    learned = io.load(tmp_path / "found")
+    io.save(tmp_path / "found", learned._replace(method="adarank"))
+    assert "masks of ranks): save the merged model itself" in refused(capsys, *call("svhn", "cars"))
+    io.save(tmp_path / "found", learned)
     bare = [w for w in call("svhn", "cars") if w not in ("--set", f"file={tmp_path / 'found.npz'}")]
     assert "needs --set file=PATH" in refused(capsys, *bare)
     run(*call("svhn", "cars"), "--dry-run")

@@ -75,8 +75,9 @@ def adamerging(
       ValueError: numbers of tasks do not fit.
       FitDiverged: see `fit.fit`.
     """
-    problem.check()
+    problem.check(rows)
     if plus_plus:
+        problem.check_dense("adamerging with plus_plus")
         problem = problem._replace(tau=keep_agreeing(problem.theta0, problem.tau))
     groups = trees.groups(problem.theta0, mode)
     return learn(

@@ -156,7 +156,8 @@ def adarank(
       ValueError: unknown base, or ``average`` of a linearised model; numbers of tasks do not fit; no matrix is found.
       FitDiverged: see `fit.fit`.
     """
-    problem.check()
+    problem.check(rows)
+    problem.check_dense("adarank")
     if base not in BASES:
         raise ValueError(f"unknown base {base!r}; allowed: {', '.join(BASES)}")
     if base == "average" and problem.linear:

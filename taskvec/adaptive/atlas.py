@@ -98,7 +98,7 @@ def atlas(
       ValueError: numbers of tasks do not fit, rows have no labels, or a setting is unknown.
       FitDiverged: see `fit.fit`.
     """
-    problem.check()
+    problem.check(rows)
     parts.check_labels(rows, "atlas")
     if keep not in ("last", "best"):
         raise ValueError(f"keep={keep!r}; allowed: last, best")

@@ -20,9 +20,10 @@ import numpy as np
 import optax
 
 from taskvec.adaptive.fit import Loop, make_fit
-from taskvec.adaptive.keep import features_of, logits_of
+from taskvec.adaptive.keep import logits_of
 from taskvec.adaptive.learn import Problem
 from taskvec.adaptive.rows import Rows
+from taskvec.adaptive.teachers import features_of
 from taskvec.training.heads import normalise
 from taskvec.tree import Tree
 

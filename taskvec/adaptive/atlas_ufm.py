@@ -17,10 +17,11 @@ import optax
 
 from taskvec.adaptive import atlas_parts as parts, objectives, rows as rows_lib
 from taskvec.adaptive.fit import Loop
-from taskvec.adaptive.keep import features_of, logits_of
+from taskvec.adaptive.keep import logits_of
 from taskvec.adaptive.learn import Learned, Outputs, Problem, learn
 from taskvec.adaptive.registry import adaptive_method
 from taskvec.adaptive.rows import Batch, Rows
+from taskvec.adaptive.teachers import features_of
 from taskvec.merging.registry import Card
 
 

@@ -18,7 +18,7 @@ from taskvec import tree as trees
 from taskvec.adaptive import objectives
 from taskvec.adaptive.coefficients import coefficients
 from taskvec.adaptive.fit import Gradient, Loop, LossFn
-from taskvec.adaptive.learn import Learned, Outputs, Problem, learn
+from taskvec.adaptive.learn import Learned, Outputs, Problem, learn, make_loss
 from taskvec.adaptive.masks import concrete
 from taskvec.adaptive.parametrisation import fixed
 from taskvec.adaptive.registry import adaptive_method
@@ -80,7 +80,7 @@ def concrete_task_arithmetic(
       ValueError: numbers of tasks do not fit; unknown `eval_mask`.
       FitDiverged: see `fit.fit`.
     """
-    problem.check()
+    problem.check(rows)
     base = fixed(coefficients(trees.groups(problem.theta0, "task"), problem.num_tasks, scale, "identity"))
     masked = lambda mask: concrete(base, problem.theta0, temperature, mask, mask_init)
     batches, adam = cyclic(rows, per_task, seed), optax.adam(learning_rate)
@@ -95,8 +95,8 @@ def concrete_task_arithmetic(
         summary="AdaMerging under a mask of entries that is learned so that coefficients adapt well to it",
         released_code=(
             "the first move of the coefficients is by the gradient at the model of the step before (they are reset, "
-            "the merged weights are not); rows come in one fixed order. FusionBench: the same, one draw of the mask "
-            "for both moves (fresh_mask=False), constraint='identity', steps=1000"
+            "the merged weights are not: stale_gradient=True); rows come in one fixed order. FusionBench: the same, "
+            "one draw of the mask for both moves (fresh_mask=False), constraint='identity', steps=1000"
         ),
     ),
 )
@@ -110,6 +110,7 @@ def concrete_adamerging(
     temperature: float = 0.5,
     mask_init: float = 0.0,
     fresh_mask: bool = True,
+    stale_gradient: bool = False,
     eval_mask: str = "sample",
     steps: int = 2000,
     learning_rate: float = 1e-3,
@@ -133,6 +134,8 @@ def concrete_adamerging(
       init: start of the coefficients, a number or ``[G, T]``.
       temperature, mask_init, eval_mask: as in `concrete_task_arithmetic`.
       fresh_mask: whether the mask is drawn anew for the second move of a step.
+      stale_gradient: whether the first move of a step is by the gradient at the coefficients of the step before
+        (released code), not at those that it starts from.
       steps: of Adam on the mask. After them the coefficients are those of the last inner move.
       learning_rate: of that Adam.
       inner_learning_rate: of the inner Adam on the coefficients.
@@ -146,13 +149,14 @@ def concrete_adamerging(
       ValueError: numbers of tasks do not fit; unknown `eval_mask`, `mode` or `constraint`.
       FitDiverged: see `fit.fit`.
     """
-    problem.check()
+    problem.check(rows)
     groups = trees.groups(problem.theta0, mode)
     base = coefficients(groups, problem.num_tasks, init, constraint)
     masked = lambda mask: concrete(base, problem.theta0, temperature, mask, mask_init)
     final = masked(eval_mask)
     rates = inner_learning_rate, coefficient_learning_rate
-    stages = _two_stages(base.init(), steps, *rates, fresh_mask, jax.random.key(seed))
+    under_final = make_loss(problem, final, _entropy)
+    stages = _two_stages(base.init(), steps, *rates, fresh_mask, stale_gradient, under_final, jax.random.key(seed))
     optimiser, batches = _outer(learning_rate, steps), _pairs(cyclic(rows, per_task, seed), steps)
     total = steps + coefficient_steps
     return learn(
@@ -190,20 +194,26 @@ def _pairs(batches: Callable[[int], Batch], steps: int) -> Callable[[int], dict[
 
 
 def _two_stages(
-    start: Tree, steps: int, inner_rate: float, second_rate: float, fresh: bool, mask_key: jax.Array
+    start: Tree,
+    steps: int,
+    inner_rate: float,
+    second_rate: float,
+    fresh: bool,
+    stale: bool,
+    final_loss: LossFn,
+    mask_key: jax.Array,
 ) -> Callable[[LossFn], Gradient]:
     """How `concrete_adamerging` moves: both stages as one gradient, so that one run can be watched and resumed."""
     inner, second = optax.adam(inner_rate), optax.adam(second_rate)
 
     def gradient(loss_fn: LossFn) -> Gradient:
-        def of(base: Tree, mask: Tree, *args) -> tuple[jax.Array, dict[str, jax.Array]]:
-            return loss_fn({"merge": {"base": base, "mask": mask}}, *args)
-
-        by_base, by_mask = (jax.value_and_grad(of, argnums=i, has_aux=True) for i in (0, 1))
+        of = lambda loss: lambda base, mask, *args: loss({"merge": {"base": base, "mask": mask}}, *args)
+        by_base, by_mask = (jax.value_and_grad(of(loss_fn), argnums=i, has_aux=True) for i in (0, 1))
+        by_base_at_last = jax.value_and_grad(of(final_loss), has_aux=True)
 
         def first_stage(memory, base, mask, frozen, batch, key):
             key_in, key_out = jax.random.split(key)
-            _, g = by_base(start, mask, frozen, batch["inner"], key_in)
+            _, g = by_base(base if stale else start, mask, frozen, batch["inner"], key_in)
             updates, state = inner.update(g, memory["inner"], start)
             found = optax.apply_updates(start, updates)
             (loss, metrics), g = by_mask(found, mask, frozen, batch["outer"], key_out if fresh else key_in)
@@ -211,7 +221,7 @@ def _two_stages(
 
         def second_stage(memory, base, mask, frozen, batch, key):
             base = jax.tree.map(lambda now, first: jnp.where(memory["step"] == steps, first, now), base, start)
-            (loss, metrics), g = by_base(base, mask, frozen, batch["outer"], mask_key)
+            (loss, metrics), g = by_base_at_last(base, mask, frozen, batch["outer"], mask_key)
             updates, state = second.update(g, memory["second"], base)
             still = jax.tree.map(jnp.zeros_like, mask)
             return loss, metrics, optax.apply_updates(base, updates), still, memory | {"second": state}

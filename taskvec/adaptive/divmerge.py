@@ -66,7 +66,7 @@ def divmerge(
       ValueError: unknown divergence; numbers of tasks do not fit.
       FitDiverged: see `fit.fit`.
     """
-    problem.check()
+    problem.check(rows)
     if divergence not in DIVERGENCES:
         raise ValueError(f"unknown divergence {divergence!r}; allowed: {', '.join(DIVERGENCES)}")
     rows = rows if rows.targets is not None else with_targets(problem, rows)

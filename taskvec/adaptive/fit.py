@@ -201,17 +201,21 @@ def make_fit(
     ) -> FitResult:
         if on_start is not None:
             on_start(steps)
-        # Copies: the caller's arrays must outlive the donation of the state.
-        start_state = (learnables, optimiser.init(learnables), gradient.init(learnables))
-        state = FitState(*jax.tree.map(jnp.array, start_state))
+        # Copies: the caller's arrays must outlive the donation of the state. No other reference is kept to what is as
+        # large as the learnables.
+        copied = lambda *parts: FitState(*jax.tree.map(jnp.array, parts))
+        state = copied(learnables, optimiser.init(learnables), gradient.init(learnables))
         state = state if place is None else place.state(state)
+        # Host arrays would go to the device again with every chunk.
+        frozen = jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, frozen)
         key, history, start, evaluations = jax.random.key(seed), {}, 0, {}
         if steps > 0:
             shapes = jax.eval_shape(step, state, frozen, batches(0), key)[1][0]
             history = {name: np.zeros((steps, *x.shape), x.dtype) for name, x in shapes.items()}
         if checkpoint is not None and (saved := checkpoint.restore({"state": state, "history": history})) is not None:
-            start, state = saved[0], FitState(*jax.tree.map(jnp.array, tuple(saved[1]["state"])))
+            start, state = saved[0], copied(*saved[1]["state"])
             history = {name: np.array(x) for name, x in saved[1]["history"].items()}
+            del saved
 
         def record(first: int, count: int, metrics: Any) -> None:
             values, finite = jax.tree.map(lambda x: x[:count], jax.device_get(metrics))
@@ -235,6 +239,9 @@ def make_fit(
                 pending = None
                 checkpoint.save(done, {"state": state, "history": history})
             if evaluate is not None and (done == steps or done % evaluate.every == 0):
+                if pending is not None:
+                    record(*pending)  # first, so that no diverged model is evaluated
+                    pending = None
                 evaluations[done] = evaluate.call(done, state.learnables)
                 if evaluate.stop is not None and evaluate.stop(evaluations[done]):
                     history = {name: x[:done] for name, x in history.items()}
@@ -298,8 +305,9 @@ def _chunks(
     for step in range(start, steps):
         batch = jax.tree.map(np.asarray, batches(step))
         if group and (len(group) == chunk or step % every == 0 or signature(batch) != signature(group[0])):
-            yield first, len(group), _stack(group, chunk)
-            group, first = [], step
+            count, stacked = len(group), _stack(group, chunk)
+            group, first, before = [], step, first  # the single batches are not held while the chunk runs
+            yield before, count, stacked
         group.append(batch)
     if group:
         yield first, len(group), _stack(group, chunk)

@@ -36,6 +36,8 @@ Array = jax.Array
 
 
 def _check(problem: Problem, rows: Rows, granularity: str, point: str, measure: str, loop: Loop) -> None:
+    problem.check_not_linear("Frank-Wolfe merging")
+    problem.check_dense("Frank-Wolfe merging")
     if rows.labels is None:
         raise ValueError("Frank-Wolfe merging chooses by the gradient of cross-entropy: its rows need labels")
     if len(rows.counts) != (tasks := problem.heads.kernel.shape[0]):

@@ -1,7 +1,8 @@
 """Keeping the best step instead of the last, chosen on validation rows, and ending a run early.
 
 What is kept is what a method's authors report; a result says so (`Learned.kept`). The choice sees what validation rows
-tell, so those must not be the rows that are scored. A run that is resumed chooses among the steps that were left.
+tell, so those must not be the rows that are scored. Such a run cannot be resumed: the best step so far is in no
+checkpoint.
 """
 
 import math
@@ -12,27 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from taskvec.adaptive import teachers
 from taskvec.adaptive.fit import Evaluate, Loop
 from taskvec.adaptive.learn import Learned, Problem, with_table
 from taskvec.adaptive.parametrisation import Parametrisation
 from taskvec.adaptive.rows import Rows
+from taskvec.adaptive.teachers import features_of
 from taskvec.training import heads as heads_lib
-from taskvec.training.trainable import linearised
 from taskvec.tree import Tree
-
-
-def run_linear(apply_fn: Callable, pair: Tree, batch: dict) -> dict[str, Any]:
-    """Features of the model linearised at ``pair["theta0"]``; for `teachers.through`."""
-    return {"features": linearised(apply_fn, pair["theta0"])(pair["params"], batch)["features"]}
-
-
-def features_of(problem: Problem, params: Tree, rows: Rows, task: int, batch_size: int = 64) -> np.ndarray:
-    """Features of all rows of a task under merged weights: ``[N_t, d]`` on the host."""
-    if not problem.linear:
-        return teachers.through(problem.apply_fn, params, rows, task, batch_size)["features"]
-    pair = {"theta0": problem.theta0, "params": params}
-    return teachers.through(problem.apply_fn, pair, rows, task, batch_size, run_linear)["features"]
 
 
 def logits_of(problem: Problem, features_Nxd: np.ndarray, task: int) -> np.ndarray:
@@ -83,7 +70,12 @@ def keep_best(
 
     Returns:
       ``(loop, pick)``; evaluations are dicts of ``accuracy`` ``[S]`` and ``evaluation``, what the caller's own gave.
+
+    Raises:
+      ValueError: the loop has a checkpoint.
     """
+    if loop.checkpoint is not None:
+        raise ValueError("a run that keeps its best step cannot resume: leave out the checkpoint or keep the last")
     best = {"worth": start, "learnables": parametrisation.init(), "kept": 0}
     theirs = loop.evaluate
 

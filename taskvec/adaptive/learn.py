@@ -15,8 +15,8 @@ import optax
 from taskvec import vectors
 from taskvec.adaptive.fit import Gradient, Loop, LossFn, make_fit, plain_gradient
 from taskvec.adaptive.merged import merged_apply
-from taskvec.adaptive.parametrisation import Parametrisation
-from taskvec.adaptive.rows import Batch, split_tasks
+from taskvec.adaptive.parametrisation import LowRank, Parametrisation
+from taskvec.adaptive.rows import Batch, Rows, split_tasks
 from taskvec.training.heads import Heads, all_logits
 from taskvec.tree import Tree
 
@@ -47,10 +47,23 @@ class Problem(NamedTuple):
     def num_tasks(self) -> int:
         return vectors.num_tasks(self.tau)
 
-    def check(self) -> None:
-        """Raises `ValueError` unless every task vector has its head."""
+    def check(self, rows: Rows | None = None) -> None:
+        """Raises `ValueError` unless every task vector has its head and, if they are given, its rows."""
         if self.heads.kernel.shape[0] != self.num_tasks:
             raise ValueError(f"{self.num_tasks} task vectors but heads of {self.heads.kernel.shape[0]} tasks")
+        if rows is not None and len(rows.counts) != self.num_tasks:
+            raise ValueError(f"{self.num_tasks} task vectors but rows of {len(rows.counts)} tasks")
+
+    def check_dense(self, name: str) -> None:
+        """Raises `ValueError` for `LowRank` task vectors, which method `name` cannot look into."""
+        leaves = jax.tree.leaves(self.tau, is_leaf=lambda x: isinstance(x, LowRank))
+        if any(isinstance(x, LowRank) for x in leaves):
+            raise ValueError(f"{name} needs dense task vectors: multiply the low-rank ones out")
+
+    def check_not_linear(self, name: str) -> None:
+        """Raises `ValueError` if the model is linearised, which method `name` does not allow for."""
+        if self.linear:
+            raise ValueError(f"{name} runs the model itself: it does not take a linearised one (Problem.linear)")
 
 
 class Outputs(NamedTuple):
@@ -79,8 +92,8 @@ class Learned(NamedTuple):
       params: the merged model, of the last step.
       learnables: those of the last step.
       history: ``loss`` ``[steps]`` and ``objective`` ``[steps, S]``, before each step's update.
-      coefficients: ``[G, T]`` float32 that multiply task vectors, where that is what was learned; ``[G, T, K]`` with
-        K partitions.
+      coefficients: ``[G, T]`` float32 that multiply task vectors, where that is what was learned; ``None`` with
+        partitions (``learnables["lam"]`` ``[G, T, K]``).
       groups: G names, in order of the rows.
       heads: where heads were trained, all S of them.
       evaluations: see `fit.FitResult`.
@@ -234,9 +247,12 @@ def learn(
       **options: of the model (``remat``, ``dtype``).
 
     Raises:
-      ValueError: rows do not divide among the tasks; task vectors have other shapes than the parameters.
+      ValueError: rows do not divide among the tasks; task vectors have other shapes than the parameters; pieces with
+        a `gradient` that is not the plain one.
       FitDiverged: see `fit.fit`.
     """
+    if loop.pieces > 1 and gradient is not plain_gradient:
+        raise ValueError(f"this method's gradient takes a batch as a whole: pieces must be 1, got {loop.pieces}")
     loss_fn = make_loss(problem, parametrisation, objective, penalty=penalty, **options)
     project = lambda learnables: learnables | {"merge": parametrisation.project(learnables["merge"])}
     gradient_ = gradient(loss_fn)
@@ -249,7 +265,8 @@ def learn(
 
     def result(learnables: Tree, history: dict[str, np.ndarray]) -> Learned:
         params = merge(*frozen[:2], learnables["merge"], jax.random.key(seed))
-        trained = heads._replace(kernel=learnables["heads"]) if train_heads else None
+        # A copy, since the next step is given the state's arrays to overwrite.
+        trained = heads._replace(kernel=jnp.array(learnables["heads"])) if train_heads else None
         found = Learned(params, jax.tree.map(np.asarray, learnables["merge"]), history, heads=trained)
         return with_table(found, parametrisation)
 

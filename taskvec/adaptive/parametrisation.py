@@ -89,7 +89,10 @@ class Parametrisation(NamedTuple):
 
 
 def fixed(parametrisation: Parametrisation, learnables: Tree | None = None) -> Parametrisation:
-    """The same merge with nothing to learn: its learnables stay as given, or as they start."""
+    """The same merge with nothing to learn: its learnables stay as given, or as they start.
+
+    They become constants of the compiled program: for coefficients, not for learnables as large as a model.
+    """
     kept = parametrisation.init() if learnables is None else learnables
     return parametrisation._replace(
         init=lambda: {},

@@ -187,7 +187,10 @@ def prodistill(
         raise ValueError("prodistill runs single blocks: it needs a model with scanned=True")
     if loop.checkpoint is not None:
         raise ValueError("prodistill fits block after block and cannot resume: leave out the checkpoint")
+    problem.check_not_linear("prodistill")
     path, num_tasks = blocks.stack_of(problem.theta0), problem.num_tasks
+    if len(rows.counts) != num_tasks:
+        raise ValueError(f"{num_tasks} task vectors but rows of {len(rows.counts)} tasks")
     theta0, tau = (blocks.get(tree, path) for tree in (problem.theta0, problem.tau))
     parametrisation = parametrised(blocks.one_layer(theta0, 0), num_tasks, mode, init)
     inputs, counts = drawn(rows, shots, seed)
@@ -202,7 +205,8 @@ def prodistill(
     if loop.on_start is not None:
         loop.on_start(depth * steps)
     for number in range(depth):
-        block, own = blocks.one_layer(theta0, number), blocks.one_layer(tau, number)
+        # On the device once, not again with every chunk of steps.
+        block, own = (jax.tree.map(jnp.asarray, blocks.one_layer(tree, number)) for tree in (theta0, tau))
         experts = (_weighted(block, own, coef) for coef in np.eye(num_tasks, dtype=np.float32))
         targets = [push(*each) for each in zip(experts, streams.parts, streams.own, strict=True)]
         frozen = {"theta0": block, "tau": own, "outside": streams.outside, "inputs": inputs}

@@ -4,7 +4,7 @@ Whoever starts a method decides what it gets: unlabelled test rows (transductive
 a few labelled rows. A method draws batches from them by the functions here, pure functions of (seed, step).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -190,19 +190,17 @@ def views(rows: Rows) -> Rows:
         first = {name: x for name, x in inputs.items() if not name.startswith(SECOND)}
         if first.keys() != second.keys():
             raise ValueError(f"two views need inputs NAME and {SECOND}NAME for every NAME, found {sorted(inputs)}")
-        return (rows.join or joined)([first, second])
+        return joined([first, second])  # plainly: what `rows.join` makes (packed texts) could not be joined again
 
     return rows._replace(take=take)
 
 
-def whole(rows: Rows, batch_size: int, task: int) -> list[Batch]:
+def whole(rows: Rows, batch_size: int, task: int) -> Iterator[Batch]:
     """All rows of one task in order, in batches of one shape: the last is filled with repeats of its first row."""
-    out = []
     for at in range(0, rows.counts[task], batch_size):
         numbers = np.arange(at, min(at + batch_size, rows.counts[task]))
         numbers = np.concatenate([numbers, np.full(batch_size - len(numbers), at)])
-        out.append(rows._replace(labels=None, targets=None).batch([numbers], [task]))
-    return out
+        yield rows._replace(labels=None, targets=None).batch([numbers], [task])
 
 
 def split_tasks(rows: Array, num_tasks: int) -> Array:

@@ -73,7 +73,7 @@ def samerging(
       ValueError: numbers of tasks do not fit.
       FitDiverged: see `fit.fit`.
     """
-    problem.check()
+    problem.check(rows)
     rows = rows if rows.targets is not None else with_targets(problem, rows)
     groups = trees.groups(problem.theta0, mode)
     return learn(

@@ -18,11 +18,10 @@ from taskvec import tree as trees
 from taskvec.adaptive import atlas_parts as parts, objectives
 from taskvec.adaptive.coefficients import coefficients
 from taskvec.adaptive.fit import Loop
-from taskvec.adaptive.keep import features_of
 from taskvec.adaptive.learn import Learned, Problem
 from taskvec.adaptive.registry import adaptive_method
 from taskvec.adaptive.rows import Rows
-from taskvec.adaptive.teachers import expert
+from taskvec.adaptive.teachers import expert, features_of
 from taskvec.merging.registry import Card
 from taskvec.training import heads as heads_lib
 from taskvec.tree import Groups, Tree
@@ -111,7 +110,8 @@ def sens_merging(
     Raises:
       ValueError: numbers of tasks do not fit, rows have no labels, or a setting is unknown.
     """
-    problem.check()
+    problem.check(rows)
+    problem.check_not_linear("sens_merging")
     parts.check_labels(rows, "sens_merging")
     if cross_task not in ("distance", None):
         raise ValueError(f"cross_task={cross_task!r}; allowed: distance, None")

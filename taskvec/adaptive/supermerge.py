@@ -99,7 +99,7 @@ def supermerge(
     Raises:
       ValueError: numbers of tasks do not fit, rows have no labels, or groups do not hold every task once.
     """
-    problem.check()
+    problem.check(rows)
     parts.check_labels(rows, "supermerge")
     everything = list(range(problem.num_tasks))
     nodes = everything if groups is None else groups

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from taskvec import tree as trees
-from taskvec.adaptive import objectives
+from taskvec.adaptive import atlas_parts as parts, objectives
 from taskvec.adaptive.coefficients import coefficients
 from taskvec.adaptive.fit import Loop
 from taskvec.adaptive.learn import Learned, Outputs, Problem, learn
@@ -84,7 +84,9 @@ def symerge(
       ValueError: unknown schedule; numbers of tasks do not fit.
       FitDiverged: see `fit.fit`.
     """
-    problem.check()
+    problem.check(rows)
+    if confident:
+        parts.check_whole(loop, "symerge with confident=True")  # the mean is over the rows that a batch keeps
     if schedule not in SCHEDULES:
         raise ValueError(f"unknown schedule {schedule!r}; allowed: {', '.join(SCHEDULES)}")
     rows = rows if rows.targets is not None else with_targets(problem, rows)
@@ -97,13 +99,13 @@ def symerge(
     scale = float(jnp.asarray(problem.heads.scale))
     # Adam's epsilon stands beside a gradient that is `scale` times as large as that by the scaled weights.
     of_heads = by_task(optax.adam(head_learning_rate / scale, eps=1e-8 * scale))
-    parts = {"merge": optax.adam(learning_rate), "heads": of_heads}
+    optimisers = {"merge": optax.adam(learning_rate), "heads": of_heads}
     return learn(
         problem,
         coefficients(groups, problem.num_tasks, init, constraint),
         objective,
         SCHEDULES[schedule](rows, per_task, seed),
-        optax.multi_transform(parts, {"merge": "merge", "heads": "heads"}),
+        optax.multi_transform(optimisers, {"merge": "merge", "heads": "heads"}),
         rounds * (problem.num_tasks if schedule == "in_turn" else 1),
         train_heads=True,
         seed=seed,

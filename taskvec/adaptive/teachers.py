@@ -10,6 +10,7 @@ from taskvec import tree as trees
 from taskvec.adaptive.learn import Problem
 from taskvec.adaptive.parametrisation import weighted_sum
 from taskvec.adaptive.rows import Rows, whole
+from taskvec.training.trainable import linearised
 from taskvec.tree import Tree
 
 
@@ -46,11 +47,30 @@ def with_targets(problem: Problem, rows: Rows, batch_size: int = 64, give: Calla
       rows: of its tasks.
       batch_size: rows at once.
       give: ``(apply_fn, params, batch) -> {name: [rows, ...]}``, a function of a module (it is compiled once).
+
+    Raises:
+      ValueError: more than features of linearised experts.
     """
-    targets = [
-        through(problem.apply_fn, expert(problem, t), rows, t, batch_size, give) for t in range(len(rows.counts))
-    ]
-    return rows._replace(targets=targets)
+    if give is not features:
+        problem.check_not_linear("what gives more than features")
+    given = lambda t: (
+        {"features": features_of(problem, expert(problem, t), rows, t, batch_size)}
+        if give is features
+        else through(problem.apply_fn, expert(problem, t), rows, t, batch_size, give)
+    )
+    return rows._replace(targets=[given(t) for t in range(len(rows.counts))])
+
+
+def features_of(problem: Problem, params: Tree, rows: Rows, task: int, batch_size: int = 64) -> np.ndarray:
+    """Features of all rows of a task under other weights of the problem's model: ``[N_t, d]`` on the host."""
+    if not problem.linear:
+        return through(problem.apply_fn, params, rows, task, batch_size)["features"]
+    pair = {"theta0": problem.theta0, "params": params}
+    return through(problem.apply_fn, pair, rows, task, batch_size, _features_linear)["features"]
+
+
+def _features_linear(apply_fn: Callable, pair: Tree, batch: dict) -> dict[str, jax.Array]:
+    return {"features": linearised(apply_fn, pair["theta0"])(pair["params"], batch)["features"]}
 
 
 def through(

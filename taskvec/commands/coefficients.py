@@ -11,6 +11,13 @@ from taskvec.io.folders import Model
 from taskvec.io.safetensors_format import some
 
 METHOD = "coefficients"
+# Methods whose coefficients do not make their result without more, and what else does.
+NOT_ALONE = {
+    "adarank": "masks of ranks",
+    "concrete_task_arithmetic": "a mask of entries",
+    "concrete_adamerging": "a mask of entries",
+    "lorahub": "factors are summed, not their products",
+}
 # Of a model's folder: whole, or the part that was merged; see `taskvec.models.load`.
 _PARTS = (None, "vision_projected", "vision", "text", "body")
 
@@ -19,7 +26,7 @@ def read(request: Request) -> Request:
     """The request with the table of its file, whose columns are in the order of the experts.
 
     Raises:
-      ValueError: no file is given; the experts are not the tasks of the file.
+      ValueError: no file is given; the experts are not the tasks of the file; more than coefficients was learned.
       FileNotFoundError: the file is not there.
     """
     if request.method != METHOD or request.settings.get("table"):
@@ -28,6 +35,11 @@ def read(request: Request) -> Request:
     if not settings.get("file"):
         raise ValueError("--method coefficients needs --set file=PATH, as taskvec.io.coefficients.save writes it")
     found = coefficients.load(settings["file"])
+    if found.method in NOT_ALONE:
+        raise ValueError(
+            f"the coefficients are of {found.method}, whose result is not theta0 + sum of coefficient x task vector "
+            f"({NOT_ALONE[found.method]}): save the merged model itself"
+        )
     settings["file"] = str(pathlib.Path(settings["file"]).expanduser().absolute())
     order = _order(found.tasks, [label for label, _ in request.experts])
     settings["table"] = tuple((name, tuple(row[t] for t in order)) for name, row in found.table())

@@ -220,6 +220,7 @@ def surgery(
     Raises:
       ValueError: see `merged_model`.
     """
+    problem.check_not_linear("surgery")
     params = merged_model(problem, on)
     rows = rows if rows.targets else with_targets(problem, rows)
     mine = [through(problem.apply_fn, params, rows, t)["features"] for t in range(len(rows.counts))]

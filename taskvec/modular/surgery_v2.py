@@ -140,6 +140,9 @@ def surgery_v2(
     """
     if not problem.scanned:
         raise ValueError("surgery_v2 hooks into stacked blocks: it needs a model with scanned=True")
+    problem.check_not_linear("surgery_v2")
+    if len(rows.counts) != problem.num_tasks:
+        raise ValueError(f"{problem.num_tasks} task vectors but rows of {len(rows.counts)} tasks")
     blocks.stack_of(problem.theta0)
     params = merged_model(problem, on)
     rows = with_targets(problem, rows, give=taps)

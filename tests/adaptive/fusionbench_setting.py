@@ -15,6 +15,9 @@ SCALE = 20.0  # exp of the logit scale
 STEPS = 20
 MASK_STEPS = 10  # of the STEPS of Concrete AdaMerging; the others learn coefficients
 RATE, MASK_RATE = 0.01, 0.05  # so that 20 steps go somewhere
+# The published 1 throws every coefficient 1 up or down by the sign of a small gradient, so that the rounding of float32
+# grows thirtyfold a step and no two programs stay together.
+INNER_RATE = 0.05
 RANK = 16  # FusionBench's, of the adapters of Surgery
 PROBES = 8  # entries of every tensor that are recorded where whole trees are too many
 

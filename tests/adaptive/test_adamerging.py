@@ -117,7 +117,7 @@ def test_tasks_must_match():
     theta0, tau, kernels, rows = setting()
     with pytest.raises(ValueError, match="3 task vectors but heads of 2"):
         adamerging(problem(theta0, tau, kernels[:2]), rows)
-    with pytest.raises(ValueError, match="8 rows does not divide among 3"):
+    with pytest.raises(ValueError, match="3 task vectors but rows of 2 tasks"):
         adamerging(problem(theta0, tau, kernels), rows.only([0, 1]), steps=1, per_task=4)
     with pytest.raises(ValueError, match=r"no setting 'step' .did you mean 'steps'"):
         adamerging(problem(theta0, tau, kernels), rows, step=1)

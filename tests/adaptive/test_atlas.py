@@ -12,9 +12,9 @@ from taskvec.adaptive.atlas_few_shot import atlas_few_shot, few_shots
 from taskvec.adaptive.atlas_parts import cross_entropies, free_coefficients, lp_penalty
 from taskvec.adaptive.coefficients import coefficients, elementwise
 from taskvec.adaptive.fit import Evaluate, Loop
-from taskvec.adaptive.keep import features_of
 from taskvec.adaptive.learn import make_loss
 from taskvec.adaptive.parametrisation import LowRank
+from taskvec.adaptive.teachers import features_of
 from tests.adaptive.toy_mlp import (
     D_IN,
     HIDDEN,

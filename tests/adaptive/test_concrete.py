@@ -137,6 +137,21 @@ def test_adamerging_trajectory(mode, second, fresh):
     assert found.groups == (NAMES if mode == "tensor" else ("all",))
 
 
+def test_the_second_stage_is_under_the_mask_of_the_result():
+    theta0, tau, kernels, rows = oracle.setting()
+    found = concrete_adamerging(
+        oracle.problem(theta0, tau, kernels), rows, eval_mask="mean", steps=0, coefficient_steps=10,
+        coefficient_learning_rate=1e-2, per_task=ROWS, seed=2,
+    )  # fmt: skip
+    ones = {k: np.ones_like(theta0[k]) for k in NAMES}  # all logits are alike, and so are all probabilities
+    now, adam, batches = {"lam": np.full((4, TASKS), 0.3)}, oracle.Adam(1e-2), rows_lib.cyclic(rows, ROWS, 2)
+    for step in range(10):
+        theta, under = masked(theta0, tau, now["lam"], ones)
+        grads = oracle.gradients(theta, batches(step)["x"], kernels, oracle.entropy)[1]
+        now = adam.step(now, {"lam": oracle.by_coefficients(grads, under, 4)})
+    np.testing.assert_allclose(found.coefficients, now["lam"], atol=1e-4)
+
+
 def test_a_killed_run_resumes_in_the_second_stage(tmp_path):
     theta0, tau, kernels, rows = oracle.setting()
 

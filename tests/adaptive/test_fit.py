@@ -122,3 +122,16 @@ def test_no_diverged_state_is_saved(tmp_path):
     with Checkpoint(tmp_path, every=1) as checkpoint, pytest.raises(FitDiverged):
         fit(loss_fn, START, optax.adam(1e-2), poisoned, 20, frozen=FROZEN, chunk=4, checkpoint=checkpoint)
     assert sorted(int(p.name) for p in tmp_path.iterdir()) == [4]
+
+
+def test_nothing_large_is_held_beside_the_state():
+    """Adam's start and single batches are freed; frozen host arrays go to the device once."""
+    start, host, seen = jnp.ones(4321), np.ones(1234, np.float32), []
+
+    def count(step, metrics):
+        shapes = [x.shape for x in jax.live_arrays() if not x.is_deleted()]
+        seen.append((shapes.count((4321,)), shapes.count((1234,))))
+
+    loss = lambda w, frozen, batch, key: (jnp.square(w - frozen.sum() - batch.mean()).sum(), {})
+    fit(loss, start, optax.adam(0.1), lambda step: np.ones(3, np.float32), 6, frozen=host, chunk=2, on_chunk=count)
+    assert seen == [(4, 1)] * 3  # the caller's, and weights and two moments

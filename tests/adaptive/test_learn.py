@@ -7,12 +7,13 @@ import optax
 import pytest
 
 from taskvec import tree as trees
-from taskvec.adaptive import objectives, rows as rows_lib
+from taskvec.adaptive import objectives, registry, rows as rows_lib
 from taskvec.adaptive.coefficients import coefficients, elementwise
 from taskvec.adaptive.fit import Evaluate, Loop, fit
 from taskvec.adaptive.learn import Problem, learn
 from taskvec.adaptive.parametrisation import LowRank, fixed
 from taskvec.adaptive.teachers import expert, with_targets
+from taskvec.data import packing
 from taskvec.training.heads import make_heads, normalise
 from tests.adaptive import toy_models as toy
 
@@ -137,6 +138,52 @@ def test_a_step_in_pieces_is_the_same_step():
     np.testing.assert_allclose(two.learnables["lam"], one.learnables["lam"], atol=1e-4)
     with pytest.raises(ValueError, match=r"12. rows of 3 tasks cannot be cut into 3 pieces"):
         run(3)
+    for name in ("concrete_adamerging", "samerging", "symerge"):  # not the mean over pieces
+        with pytest.raises(ValueError, match="pieces must be 1, got 2"):
+            registry.get(name)(p, with_targets(p, rows()), per_task=4, loop=Loop(pieces=2))
+
+
+def test_rows_of_other_tasks_are_refused():
+    """Rows of one task would divide among three heads, and each head be given those of another task."""
+    with pytest.raises(ValueError, match="3 task vectors but rows of 1 tasks"):
+        registry.get("adamerging")(problem(), rows().only([2]), steps=1, per_task=6)
+    with pytest.raises(ValueError, match="3 task vectors but rows of 1 tasks"):
+        registry.get("surgery_v2")(problem(), rows().only([2]), steps=1, per_task=6)
+
+
+def test_low_rank_task_vectors_are_refused_where_entries_are_needed():
+    p = problem()
+    up, down = jnp.ones((TASKS, toy.VOCAB, 1)), jnp.ones((TASKS, 1, toy.WIDTH))
+    p = p._replace(tau={**p.tau, "embeddings": {**p.tau["embeddings"], "word": LowRank(up, down)}})
+    for name, settings in (("adarank", {}), ("fw_soft", {}), ("adamerging", {"plus_plus": True})):
+        with pytest.raises(ValueError, match="needs dense task vectors"):
+            registry.get(name)(p, rows(True), **settings)
+
+
+def test_teachers_of_a_linearised_model_are_linear():
+    p = problem(scanned=False)
+    some = with_targets(p._replace(linear=True), rows())
+    at = lambda t, size: jax.tree.map(lambda x, d: x + size * d, p.theta0, toy_expert_delta(p.tau, t))
+    for t, n in enumerate((11, 7, 30)):
+        run = lambda size, t=t, n=n: np.asarray(toy.apply(at(t, size), toy.batch(t, n))["features"], np.float64)
+        slope = (run(3e-3) - run(-3e-3)) / 6e-3
+        np.testing.assert_allclose(some.targets[t]["features"], run(0.0) + slope, atol=1e-2)
+        assert np.abs(run(1.0) - run(0.0) - slope).max() > 0.2
+    for name, found in (("fw_hard", rows(True)), ("sens_merging", rows(True)), ("surgery", rows())):
+        with pytest.raises(ValueError, match="does not take a linearised one"):
+            registry.get(name)(p._replace(linear=True), found)
+
+
+def test_pairs_of_texts_are_packed_as_one_batch():
+    def take(task, numbers):
+        ids = np.where(np.arange(4) < 2 + numbers[:, None] % 3, 5 + numbers[:, None], 0).astype(np.int32)
+        return {"ids": ids, "mask": ids > 0, "second_ids": ids[:, :3] * 2, "second_mask": ids[:, :3] > 0}
+
+    pairs = rows_lib.views(rows_lib.Rows((6, 6), take, packing.joiner([np.array([2, 3, 4])] * 2, 8)))
+    batch = pairs.batch([np.array([0, 3]), np.array([4, 1])])
+    assert len(batch["first"]) == 8 and "mask" not in batch
+    first = batch["ids"].ravel()[batch["first"]]
+    np.testing.assert_array_equal(first, [5, 8, 10, 16, 9, 6, 18, 12])  # views of a task follow each other
 
 
 def test_accumulated_gradients_are_those_of_one_large_batch():

@@ -3,6 +3,7 @@
 import importlib
 import pathlib
 
+import jax
 import numpy as np
 import pytest
 
@@ -13,10 +14,20 @@ from taskvec.data import clip_suites
 from tests.experiments import published as stand_ins
 
 NAMES = sorted(path.stem for path in pathlib.Path(adaptive.__file__).parent.glob("*.py") if path.stem != "__init__")
+LONG_TO_COMPILE = ("concrete_adamerging",)
 
 
 def module(name: str):
     return importlib.import_module(f"configs.adaptive.{name}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_quickly():
+    """Programs that run for two steps are not worth optimising."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +61,15 @@ def own(config) -> list[str]:
     return [label for label in config.methods if label not in ("pretrained", "weight_average", "individual")]
 
 
-def one_a_method(config) -> list[str]:
+def one_a_method(name: str) -> list:
     """The first row of every method of a config that others do not stand on."""
+    config = module(name).get_config("" if name == "self_positioning" else f"tasks={'+'.join(stand_ins.TASKS)}")
     found, below = {}, {config.settings[label].get("on") for label in own(config)}
     for label in own(config):
         if label not in below:
             found.setdefault(output.method_of(config, label), label)
-    return list(found.values())
+    slow = [pytest.mark.slow]
+    return [pytest.param(name, x, marks=slow if x in LONG_TO_COMPILE else []) for x in found.values()]
 
 
 def run(bench, config, label, done):
@@ -92,13 +105,12 @@ def test_it_passes_the_checks(name, stand_in, tmp_path):
     return None
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_one_row_a_method_runs(name, stand_in, bench, done):
+@pytest.mark.parametrize(("name", "label"), [case for name in NAMES for case in one_a_method(name)])
+def test_one_row_a_method_runs(name, label, stand_in, bench, done):
     config = config_of(name, stand_in)
     if name != "self_positioning":  # made for texts; its row runs on pictures as well
         assert (config.suite, config.checkpoints) == (bench.config.suite, bench.config.checkpoints)
-    for label in one_a_method(config):
-        assert run(bench, config, label, done).data_access == config.settings[label].data
+    assert run(bench, config, label, done).data_access == config.settings[label].data
 
 
 @pytest.mark.slow
@@ -108,3 +120,25 @@ def test_all_rows_run(name, stand_in, bench, done):
     for label in output.in_order(config):
         if label not in mine:
             mine[label] = run(bench, config, label, mine)
+
+
+def test_surgery_v2_stands_on_an_earlier_run(stand_in, done, tmp_path, monkeypatch):
+    def stop(bench, name, data, settings):
+        raise LookupError(settings)
+
+    monkeypatch.setattr(runs.learning, "learn", stop)
+    for on, weights in (("mine", done["weight_average"].merged.params_for(0)), ("ties", "ties")):
+        with pytest.raises(LookupError) as found:
+            runs.run(None, "surgery_v2", {"on": on}, {"mine": done["weight_average"]})
+        assert found.value.args[0]["on"] is weights
+    config = config_of("surgery_v2", stand_in)
+    config.methods = ("surgery_v2", "adamerging", "individual")
+    config.claims = ()
+    with pytest.raises(ValueError, match="stands on 'adamerging', which must be one static model and come before it"):
+        output.check(config, tmp_path)
+    config.settings.surgery_v2.on = "individual"
+    with pytest.raises(ValueError, match="stands on 'individual'"):
+        output.check(config, tmp_path)
+    config.settings.surgery_v2.on = "tise"
+    with pytest.raises(ValueError, match="unknown method 'tise'"):
+        output.check(config, tmp_path)

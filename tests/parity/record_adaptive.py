@@ -159,7 +159,7 @@ def injected_draws(logits: list[np.ndarray]):
 def record_concrete() -> dict[str, np.ndarray]:
     """Concrete task arithmetic and Concrete AdaMerging; logits of the masks before every step and after the last."""
     out = {}
-    two_stages = {"base_lr": 1.0, "adamerging_lr": setting.RATE, "max_steps": setting.MASK_STEPS}
+    two_stages = {"base_lr": setting.INNER_RATE, "adamerging_lr": setting.RATE, "max_steps": setting.MASK_STEPS}
     two_stages["max_adamerging_steps"] = setting.STEPS - setting.MASK_STEPS
     runs = {"concrete_ta": ConcreteTaskArithmetic(MASKS), "concrete_ada": ConcreteAdaMerging(MASKS, **two_stages)}
     for name, algorithm in runs.items():
@@ -222,6 +222,7 @@ def record_surgery() -> dict[str, np.ndarray]:
 
 def record() -> dict[str, np.ndarray]:
     """All recorded arrays."""
+    torch.set_num_threads(1)  # the tensors are tiny
     torch.set_default_dtype(torch.float64)  # or Fabric would round outputs to float32
     try:
         out = LayerWise(COMMON).record("layer_wise") | TaskWise(COMMON).record("task_wise")
@@ -234,6 +235,8 @@ def record() -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__).parse_args()
-    HERE.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(HERE / "fusionbench.npz", **record())
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=pathlib.Path, default=HERE / "fusionbench.npz")
+    out = parser.parse_args().out
+    out.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(out, **record())

@@ -1,0 +1,62 @@
+"""All adaptive methods in one table, on a suite that a CPU can do: short runs with larger steps than published.
+
+    python -m experiments.benchmark --config=configs/learned.py:suite=clip_small,source=DATA --workdir=results/learned
+    python -m experiments.benchmark --config=configs/learned.py:suite=text8,source=DATA,seeds=1
+
+The suites are those of `configs/clip_small.py` and `configs/text8.py`. Rows with ``_inductive`` adapt to held-out
+training rows without labels, others that need no labels to the test rows. Methods with labels have the held-out rows.
+``atlas_few_shot``, ``atlas_ufm`` and ``lorahub`` learn each task from the other tasks' vectors. The published settings
+are in `configs/adaptive`; nothing here is tuned but the number of steps, for time, and the rate with it.
+"""
+
+from configs import adaptive, clip_small, common, text8
+
+SUITES = {"clip_small": clip_small, "text8": text8}
+
+
+def get_config(arg=None):
+    """Arguments: ``suite`` (clip_small, text8), ``source`` (the folder), ``seeds``, ``steps``, ``runlocal``."""
+    arg = common.parse_arg(arg, suite="clip_small", source="data", seeds=3, steps=100, runlocal=False)
+    if arg.suite not in SUITES:
+        raise ValueError(f"suite={arg.suite!r}; allowed: {', '.join(SUITES)}")
+    config = SUITES[arg.suite].get_config(f"source={arg.source},seeds={arg.seeds},runlocal={arg.runlocal}")
+    config = adaptive.table(config, f"learned_{arg.suite}", rows(arg.steps, 16 if arg.suite == "clip_small" else 8))
+    config.claims = (("weight_average", "tsv_m"), ("tsv_m", "adamerging"), ("adamerging", "symerge"))
+    return common.shrink(config) if arg.runlocal else config
+
+
+def rows(steps: int, per_task: int) -> adaptive.Rows:
+    """The rows of the table."""
+    run = {"steps": steps, "per_task": per_task, "learning_rate": 5e-3}
+    turns = {"rounds": steps // 4, "per_task": per_task, "learning_rate": 1e-2, "head_learning_rate": 1e-2}
+    epochs = {"epochs": 10, "keep": "last"}
+    test, train = {"data": "unlabelled test"}, {"data": "unlabelled train"}
+    correction = {"on": "tsv_m", "rank": 16, "steps": 1000, "learning_rate": 1e-3}
+    both = adaptive.transductive_and_not
+    return {
+        "task_arithmetic": {"scale": (0.3, 0.5, 0.7, 1.0)},
+        "tsv_m": {},
+        **both("adamerging", **run),
+        "adamerging_taskwise": {"method": "adamerging", "mode": "task", **run, **test},
+        "adamerging_pp": {"method": "adamerging", "plus_plus": True, **run, **test},
+        **both("concrete_task_arithmetic", **{**run, "learning_rate": 2e-2}),
+        "concrete_adamerging": {**run, "learning_rate": 2e-2, "coefficient_steps": steps // 2, **test},
+        **both("adarank", **run),
+        "adarank_cart": {"method": "adarank", "base": "average", **run, **test},
+        **both("symerge", **turns),
+        **both("samerging", **run),
+        **both("divmerge", **run),
+        "prodistill": {"shots": 64, "epochs": 20, **train},
+        "self_positioning": {"steps": steps // 2, "per_set": per_task, "data": "few labelled"},
+        "atlas": {**epochs, "per_task": per_task, "learning_rate": 1e-2},
+        "supermerge": {**run},
+        "fw_hard": {"shots": 100},
+        "fw_soft": {"rounds": 3, "shots": 100, **run, "steps": steps // 3},
+        "sens_merging": {},
+        "atlas_few_shot": {**epochs, "batch_size": 32, "learning_rate": 5e-2},
+        "atlas_ufm": {"epochs": 5, "batch_size": 32, "learning_rate": 5e-3, **test},
+        "lorahub": {"budget": 40, "factors": False},
+        "surgery": {**correction, **test},
+        "surgery_inductive": {"method": "surgery", **correction, **train},
+        "surgery_v2": {"steps": steps, "per_task": per_task, "on": "tsv_m", "learning_rate": 5e-3, **train},
+    }
