@@ -13,8 +13,8 @@ from configs import common
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 NAMES = (
-    "clip", "clip_small", "finetune_clip", "finetune_text", "glue", "learned", "llama_pair", "quickstart", "text4", "text8",
-    "vision3", "vision5",
+    "clip", "clip_small", "finetune_clip", "finetune_text", "glue", "learned", "llama_pair", "quickstart", "text4",
+    "text8", "vision3", "vision5",
     *(f"adaptive.{name}" for name in (
         "adamerging", "adarank", "atlas", "atlas_few_shot", "atlas_negation", "atlas_ufm", "concrete", "divmerge",
         "fw_merging", "lorahub", "prodistill", "samerging", "self_positioning", "sens_merging", "supermerge", "surgery",
