@@ -69,7 +69,7 @@ def benchmark(name: str, seeds: int) -> ml_collections.ConfigDict:
         "adamerging_pp": {**ada, "plus_plus": True, "data": "unlabelled test"},
         "individual": {},
         "surgery": {**cut, "data": "unlabelled test"},
-        "surgery_inductive": {**cut, "data": "unlabelled train"},
+        "surgery_inductive": {**cut, "on": "adamerging_inductive", "data": "unlabelled train"},
     }
     config.settings = ml_collections.ConfigDict(settings)
     config.methods = tuple(settings)  # the rows of the table, in this order

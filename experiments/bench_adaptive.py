@@ -2,10 +2,11 @@
 
     python -m experiments.bench_adaptive b32 [--tasks 8 --per-task 16 --pieces 2 --tau bfloat16 --compute bfloat16]
     python -m experiments.bench_adaptive b32 --peers SCRIPTS --work WORK --fusionbench PYTHON --repeats 2
-    python -m experiments.bench_adaptive minilm | surgery
+    python -m experiments.bench_adaptive minilm | sentences | surgery
 
 Cases: ``b32`` is CLIP's ViT-B/32 image tower (87.5 M parameters), ``l14`` its large one, ``minilm`` the MiniLM-L6
-encoder on 48 tokens (no padding), with random weights and inputs; ``surgery`` trains Surgery's published 1,000 steps
+encoder on 48 tokens (no padding), ``sentences`` the same on sentences of 3 to 48 tokens, 22 on average as in eight sets
+of real ones, packed; all with random weights and inputs. ``surgery`` trains Surgery's published 1,000 steps
 over 8 tasks on cached features. A run is a process of its own. It prints the median of its steps, the time of the
 first, with compilation, and the peak of resident memory above theta0 and the task vectors; beside it, timed afterwards
 in the same process, a plain gradient step: forward and backward by all parameters of the same model, on the same rows
@@ -33,6 +34,7 @@ from taskvec import tree as trees
 from taskvec.adaptive import adamerging, objectives, rows as rows_lib
 from taskvec.adaptive.fit import Loop
 from taskvec.adaptive.learn import Problem, outputs_of
+from taskvec.data import packing
 from taskvec.models import bert, clip
 from taskvec.modular import surgery
 from taskvec.training import heads as heads_lib
@@ -42,6 +44,7 @@ CASES = {
     "b32": bench_finetune.CLIP,
     "l14": {**bench_finetune.CLIP, **LARGE, "patch_size": 14},
     "minilm": bench_finetune.MINILM,
+    "sentences": bench_finetune.MINILM,
 }
 CLASSES = (397, 196, 45, 10, 10, 43, 10, 47)  # of the eight image tasks
 TOKENS = 48
@@ -130,10 +133,24 @@ def made(args: argparse.Namespace) -> tuple[Problem, rows_lib.Rows]:
     tau = trees.map_with_path(functools.partial(_noise, args.tasks, args.tau), model.abstract)
     kernels = [rng.standard_normal((model.feature_dim, CLASSES[t % 8])) for t in range(args.tasks)]
     heads = heads_lib.make_heads([k / np.linalg.norm(k, axis=0) for k in kernels], 100.0)
-    one = lambda: jax.tree.map(np.asarray, bench_finetune.random_batch(fields, 2 * args.per_task, TOKENS))
+    rows = sentences(args, rng) if args.case == "sentences" else random_rows(args, fields)
     options = {} if args.compute == "float32" else {"dtype": jnp.dtype(args.compute)}
     apply_fn = lambda params, batch, **how: model.apply(params, batch, **{**options, **how})
-    return Problem(apply_fn, theta0, tau, heads, True), rows_lib.arrays([one() for _ in range(args.tasks)])
+    return Problem(apply_fn, theta0, tau, heads, True), rows
+
+
+def random_rows(args: argparse.Namespace, fields: dict[str, Any]) -> rows_lib.Rows:
+    """Twice as many rows as a step takes."""
+    one = lambda: jax.tree.map(np.asarray, bench_finetune.random_batch(fields, 2 * args.per_task, TOKENS))
+    return rows_lib.arrays([one() for _ in range(args.tasks)])
+
+
+def sentences(args: argparse.Namespace, rng: np.random.Generator) -> rows_lib.Rows:
+    """Sentences of tasks with different mean lengths, several in a row of tokens."""
+    lengths = [np.clip(rng.poisson(mean, 400), 3, TOKENS) for mean in np.linspace(10, 34, args.tasks)]
+    ids = rng.integers(1000, 30000, (400, TOKENS)).astype(np.int32)
+    take = lambda t, n: {"ids": ids[n], "mask": np.arange(TOKENS) < lengths[t][n][:, None]}
+    return rows_lib.Rows((400,) * args.tasks, take, packing.joiner(lengths, TOKENS))
 
 
 def _noise(tasks: int, dtype: str, path: str, x: jax.ShapeDtypeStruct) -> jax.Array:

@@ -116,7 +116,7 @@ class Table:
             label=label,
             method=method_of(self.config, label),
             settings=outcome.settings,
-            model=self.config.model,
+            model=self.config.model or "pretrained here",
             suite=self.config.name,
             protocol=scoring.protocol(self.config),
             data_access=outcome.data_access,
@@ -147,7 +147,7 @@ class Table:
             list(config.methods),
             tasks,
             np.stack([mean_of(label) for label in config.methods]),
-            title=f"Test accuracy (%), {config.model}, mean of {_seeds(rows)}",
+            title=f"Test accuracy (%), {config.name}, mean of {_seeds(rows)}",
         )
         if self.coefficients:
             first = next(iter(self.coefficients.values()))

@@ -10,6 +10,7 @@ from configs import quickstart, text4, text8, vision5
 from experiments import benchmark, finetune, output, prepare
 from taskvec import models
 from taskvec.evaluation import rows as rows_lib
+from taskvec.io import coefficients
 
 
 @pytest.fixture
@@ -29,8 +30,8 @@ def check_results(config, workdir):
     for figure in ("accuracy.png", "coefficients.png"):
         with Image.open(workdir / figure) as image:
             assert min(image.size) > 200
-    found = json.loads((workdir / "coefficients_adamerging.json").read_text())
-    assert np.shape(found["coefficients"]) == (len(found["groups"]), len(found["tasks"]))
+    found = coefficients.load(workdir / "coefficients_adamerging")
+    assert found.values.shape == (len(found.groups), len(found.tasks)) and found.method == "adamerging"
     return {row.label: row for row in rows}
 
 
