@@ -101,20 +101,36 @@ def lt_sft(taus, depths, density=1.0):
     return magnitude_pruning(taus, depths, density, 1.0, "model")
 
 
+def _rows(x, axis):
+    """``[rows, n]``, and the way back."""
+    if axis == "tensor" or not -x.ndim <= axis < x.ndim:
+        return x.reshape(1, -1), lambda rows: rows.reshape(x.shape)
+    moved = np.moveaxis(x, axis, -1)
+    return moved.reshape(-1, x.shape[axis]), lambda rows: np.moveaxis(rows.reshape(moved.shape), -1, axis)
+
+
 def _keep_probability(x, density, window, axis):
     """Of one task's tensor."""
-    if axis == "tensor" or not -x.ndim <= axis < x.ndim:
-        rows = x.reshape(1, -1)
-    else:
-        rows = np.moveaxis(x, axis, -1).reshape(-1, x.shape[axis])
+    rows, back = _rows(x, axis)
     p = np.zeros(rows.shape)
     for i, row in enumerate(np.abs(rows)):
         for rank, at in enumerate(np.argsort(row, kind="stable")):
             p[i, at] = density + window * (rank / (row.size - 1) - 0.5 if row.size > 1 else 0)
-    if axis == "tensor" or not -x.ndim <= axis < x.ndim:
-        return p.reshape(x.shape)
-    moved = np.moveaxis(x, axis, -1).shape
-    return np.moveaxis(p.reshape(moved), -1, axis)
+    return back(p)
+
+
+def _kept(x, u, density, window, axis):
+    """Which entries stay, where equal magnitudes share their ranks: then the fraction of the number drawn decides."""
+    (rows, back), (draws, _) = _rows(np.abs(np.float32(x)), axis), _rows(u.astype(np.float64), axis)
+    n, out = rows.shape[1], np.zeros(rows.shape, bool)
+    if n == 1:
+        return back(draws < density)
+    for (i, j), value in np.ndenumerate(rows):
+        t = (draws[i, j] - (density - window / 2)) * (n - 1) / window  # the number drawn, as a rank from 0
+        below, equal = (rows[i] < value).sum(), (rows[i] == value).sum()
+        nearest = np.clip(np.round(t), 0, n - 1)
+        out[i, j] = nearest < below or (nearest < below + equal and t < nearest)
+    return back(out)
 
 
 def della(
@@ -138,6 +154,8 @@ def della(
         for t in _tasks(taus):
             p = _keep_probability(x[t], density, window, axis)
             mask = uniform[k][t] < p
+            if rescale != "inverse_probability":
+                mask = _kept(x[t], uniform[k][t], density, window, axis)
             kept[t] = mask * x[t] / (p if rescale == "inverse_probability" else 1)
             if rescale == "l1" and np.abs(kept[t]).sum() > 0:
                 kept[t] = kept[t] * (np.abs(x[t]).sum() / np.abs(kept[t]).sum())
