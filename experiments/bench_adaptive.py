@@ -19,6 +19,7 @@ import gc
 import json
 import pathlib
 import statistics
+import sys
 import time
 import zlib
 from typing import Any
@@ -73,7 +74,8 @@ def main() -> None:
         f"--{name.replace('_', '-')}={getattr(args, name)}"
         for name in ("tasks", "per_task", "steps", "pieces", "tau", "compute")
     ]
-    sides = {"taskvec": lambda: bench_peers.own("experiments.bench_adaptive", args.case, *own, "--run")}
+    command = [sys.executable, "-m", "experiments.bench_adaptive", args.case, *own, "--run"]
+    sides = {"taskvec": lambda: bench_peers.watch(command)}
     if args.peers:
         script, env = args.peers / "b_ada.py", {"PEERS_DIR": str(args.work), "PYTHONPATH": str(args.peers)}
         sides["FusionBench"] = lambda: _peer(bench_peers.watch([args.fusionbench, script, args.steps + 1], env))
