@@ -12,10 +12,10 @@ import numpy as np
 
 import taskvec as tv
 from experiments.prepare import Bench
-from taskvec import tree as trees
+from taskvec import vectors
 from taskvec.adaptive import registry
 from taskvec.adaptive.fit import Loop
-from taskvec.adaptive.learn import Learned, Problem
+from taskvec.adaptive.learn import Learned, Problem, heads_of
 from taskvec.adaptive.rows import SECOND, Rows
 from taskvec.data import batches, packing
 from taskvec.io.progress import bar
@@ -88,27 +88,18 @@ def problem(bench: Bench) -> Problem:
     return Problem(model.apply, theta0, tv.task_vectors(theta0, bench.experts), bench.heads, model.scanned)
 
 
-def some(tau: Any, tasks: list[int]) -> Any:
-    """The task vectors of some tasks."""
-    chosen = np.array(tasks)
-    return trees.map_with_path(lambda path, x: x[:, chosen] if trees.is_stacked(path) else x[chosen], tau)
-
-
-def _heads(bench: Bench, tasks: list[int]) -> Heads:
-    chosen = np.array(tasks)
-    return bench.heads._replace(kernel=bench.heads.kernel[chosen], class_mask=bench.heads.class_mask[chosen])
-
-
 def one_out(bench: Bench, task: int) -> Problem:
     """The other tasks' vectors, and the head of one."""
     whole = problem(bench)
-    return whole._replace(tau=some(whole.tau, [t for t in _tasks(bench) if t != task]), heads=_heads(bench, [task]))
+    return whole._replace(
+        tau=vectors.some(whole.tau, [t for t in _tasks(bench) if t != task]), heads=heads_of(bench.heads, [task])
+    )
 
 
 def negation(bench: Bench, target: int, control: int) -> Problem:
     """One task's vector, and the heads of that task and of a control task."""
     whole = problem(bench)
-    return whole._replace(tau=some(whole.tau, [target]), heads=_heads(bench, [target, control]))
+    return whole._replace(tau=vectors.some(whole.tau, [target]), heads=heads_of(bench.heads, [target, control]))
 
 
 def rows(bench: Bench, data: str, packed: bool = True) -> Rows:

@@ -89,6 +89,11 @@ def num_tasks(tau: Tree) -> int:
     return leaf.shape[_task_axis(path)]
 
 
+def some(tau: Tree, tasks: Sequence[int]) -> Tree:
+    """The task vectors of some tasks, in that order."""
+    return trees.map_with_path(lambda path, x: jnp.take(x, jnp.array(tasks), axis=_task_axis(path)), tau)
+
+
 def select(tau: Tree, task: int) -> Tree:
     """The task vector of one task, without the task axis."""
     return trees.map_with_path(lambda path, x: jnp.take(x, task, axis=_task_axis(path)), tau)

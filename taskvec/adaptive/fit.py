@@ -161,30 +161,8 @@ def make_fit(
     chunk = chunk or default_chunk()
     optimiser = optax.MultiSteps(optimiser, accumulate) if accumulate > 1 else optimiser
     gradient = loss_fn if isinstance(loss_fn, Gradient) else plain_gradient(loss_fn)
-
-    def step(state: FitState, frozen: Any, batch: Any, key: Array) -> tuple[FitState, Any]:
-        loss, metrics, grads, memory = gradient.apply(state.memory, state.learnables, frozen, batch, key)
-        updates, opt_state = optimiser.update(grads, state.opt_state, state.learnables)
-        learnables = optax.apply_updates(state.learnables, updates)
-        finite = {path: jnp.isfinite(g).all() for path, g in trees.flatten(grads).items()}
-        learnables = project(learnables) if project else learnables
-        return FitState(learnables, opt_state, memory), ({"loss": loss} | metrics, finite)
-
-    def many(
-        state: FitState, frozen: Any, batches: Any, key: Array, first: Array, count: Array
-    ) -> tuple[FitState, Any]:
-        def one(i, carry):
-            state, recorded = carry
-            batch = jax.tree.map(lambda x: x[i], batches)
-            state, metrics = step(state, frozen, batch, jax.random.fold_in(key, first + i))
-            return state, jax.tree.map(lambda all_, x: all_.at[i].set(x), recorded, metrics)
-
-        shapes = jax.eval_shape(step, state, frozen, jax.tree.map(lambda x: x[0], batches), key)[1]
-        recorded = jax.tree.map(lambda x: jnp.zeros((chunk, *x.shape), x.dtype), shapes)
-        # `count` is dynamic: one program a shape of batch, however many steps of a chunk are asked for.
-        return jax.lax.fori_loop(0, count, one, (state, recorded))
-
-    advance = jax.jit(many, donate_argnums=0)
+    step = _step(gradient, optimiser, project)
+    advance = jax.jit(_many(step, chunk), donate_argnums=0)
 
     def run(
         learnables: Tree,
@@ -205,52 +183,100 @@ def make_fit(
         # large as the learnables.
         copied = lambda *parts: FitState(*jax.tree.map(jnp.array, parts))
         state = copied(learnables, optimiser.init(learnables), gradient.init(learnables))
-        state = state if place is None else place.state(state)
         # Host arrays would go to the device again with every chunk.
         frozen = jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, frozen)
-        key, history, start, evaluations = jax.random.key(seed), {}, 0, {}
+        key, start, evaluations, record = jax.random.key(seed), 0, {}, _Record(on_chunk)
         if steps > 0:
-            shapes = jax.eval_shape(step, state, frozen, batches(0), key)[1][0]
-            history = {name: np.zeros((steps, *x.shape), x.dtype) for name, x in shapes.items()}
-        if checkpoint is not None and (saved := checkpoint.restore({"state": state, "history": history})) is not None:
+            record.begin(steps, jax.eval_shape(step, state, frozen, batches(0), key)[1][0])
+        saved = checkpoint and checkpoint.restore({"state": state, "history": record.history})
+        if saved:
             start, state = saved[0], copied(*saved[1]["state"])
-            history = {name: np.array(x) for name, x in saved[1]["history"].items()}
-            del saved
-
-        def record(first: int, count: int, metrics: Any) -> None:
-            values, finite = jax.tree.map(lambda x: x[:count], jax.device_get(metrics))
-            last = first + count
-            _check_finite(first, values, finite)
-            for name, value in values.items():
-                history[name][first:last] = value
-            if on_chunk is not None:
-                on_chunk(last, values)
-
-        pending = None
+            record.history = {name: np.array(x) for name, x in saved[1]["history"].items()}
+        del saved
+        state = state if place is None else place.state(state)
         for first, count, stacked in _chunks(batches, start, steps, chunk, evaluate.every if evaluate else steps):
             stacked = stacked if place is None else place.batches(stacked)
             state, metrics = advance(state, frozen, stacked, key, np.uint32(first), np.int32(count))
-            # Fetched one chunk late, while the device works on this one.
-            if pending is not None:
-                record(*pending)
-            pending, done = (first, count, metrics), first + count
+            record.add(first, count, metrics)
+            done = first + count
             if checkpoint is not None and (done == steps or checkpoint.should_save(done)):
-                record(*pending)  # first, so that no checkpoint holds a diverged state
-                pending = None
-                checkpoint.save(done, {"state": state, "history": history})
+                record.flush()  # first, so that no checkpoint holds a diverged state
+                checkpoint.save(done, {"state": state, "history": record.history})
             if evaluate is not None and (done == steps or done % evaluate.every == 0):
-                if pending is not None:
-                    record(*pending)  # first, so that no diverged model is evaluated
-                    pending = None
+                record.flush()  # first, so that no diverged model is evaluated
                 evaluations[done] = evaluate.call(done, state.learnables)
                 if evaluate.stop is not None and evaluate.stop(evaluations[done]):
-                    history = {name: x[:done] for name, x in history.items()}
+                    record.history = {name: x[:done] for name, x in record.history.items()}
                     break
-        if pending is not None:
-            record(*pending)
-        return FitResult(state.learnables, state.opt_state, history, evaluations)
+        record.flush()
+        return FitResult(state.learnables, state.opt_state, record.history, evaluations)
 
     return run
+
+
+def _step(
+    gradient: Gradient, optimiser: optax.GradientTransformation, project: Callable[[Tree], Tree] | None
+) -> Callable[..., tuple[FitState, Any]]:
+    """One step: ``(state, frozen, batch, key) -> (state, (metrics, which gradients are finite))``."""
+
+    def step(state: FitState, frozen: Any, batch: Any, key: Array) -> tuple[FitState, Any]:
+        loss, metrics, grads, memory = gradient.apply(state.memory, state.learnables, frozen, batch, key)
+        updates, opt_state = optimiser.update(grads, state.opt_state, state.learnables)
+        learnables = optax.apply_updates(state.learnables, updates)
+        finite = {path: jnp.isfinite(g).all() for path, g in trees.flatten(grads).items()}
+        learnables = project(learnables) if project else learnables
+        return FitState(learnables, opt_state, memory), ({"loss": loss} | metrics, finite)
+
+    return step
+
+
+def _many(step: Callable[..., tuple[FitState, Any]], chunk: int) -> Callable[..., tuple[FitState, Any]]:
+    """Up to `chunk` steps as one program: ``(state, frozen, batches [chunk, ...], key, first, count)``."""
+
+    def many(
+        state: FitState, frozen: Any, batches: Any, key: Array, first: Array, count: Array
+    ) -> tuple[FitState, Any]:
+        def one(i, carry):
+            state, recorded = carry
+            batch = jax.tree.map(lambda x: x[i], batches)
+            state, metrics = step(state, frozen, batch, jax.random.fold_in(key, first + i))
+            return state, jax.tree.map(lambda all_, x: all_.at[i].set(x), recorded, metrics)
+
+        shapes = jax.eval_shape(step, state, frozen, jax.tree.map(lambda x: x[0], batches), key)[1]
+        recorded = jax.tree.map(lambda x: jnp.zeros((chunk, *x.shape), x.dtype), shapes)
+        # `count` is dynamic: one program a shape of batch, however many steps of a chunk are asked for.
+        return jax.lax.fori_loop(0, count, one, (state, recorded))
+
+    return many
+
+
+class _Record:
+    """The history of a run. A chunk's metrics are fetched when the next comes, while the device works on that one."""
+
+    def __init__(self, on_chunk: Callable[[int, dict[str, np.ndarray]], None] | None):
+        self.history: dict[str, np.ndarray] = {}
+        self._on_chunk, self._pending = on_chunk, None
+
+    def begin(self, steps: int, shapes: dict[str, jax.ShapeDtypeStruct]) -> None:
+        """Makes room."""
+        self.history = {name: np.zeros((steps, *x.shape), x.dtype) for name, x in shapes.items()}
+
+    def add(self, first: int, count: int, metrics: Any) -> None:
+        """Takes a chunk, and writes the one before."""
+        self.flush()
+        self._pending = first, count, metrics
+
+    def flush(self) -> None:
+        """Writes what is pending; raises `FitDiverged` if it is not finite."""
+        if self._pending is None:
+            return
+        (first, count, metrics), self._pending = self._pending, None
+        values, finite = jax.tree.map(lambda x: x[:count], jax.device_get(metrics))
+        _check_finite(first, values, finite)
+        for name, value in values.items():
+            self.history[name][first : first + count] = value
+        if self._on_chunk is not None:
+            self._on_chunk(first + count, values)
 
 
 def fit(

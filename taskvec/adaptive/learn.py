@@ -4,7 +4,7 @@ The rows of all tasks pass the encoder as one batch, on weights that are merged 
 tasks' own. A published method is a short file that chooses the parts and calls `learn`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -64,6 +64,12 @@ class Problem(NamedTuple):
         """Raises `ValueError` if the model is linearised, which method `name` does not allow for."""
         if self.linear:
             raise ValueError(f"{name} runs the model itself: it does not take a linearised one (Problem.linear)")
+
+
+def heads_of(heads: Heads, tasks: Sequence[int]) -> Heads:
+    """The heads of some tasks, in that order."""
+    own = jnp.array(tasks)
+    return heads._replace(kernel=heads.kernel[own], class_mask=heads.class_mask[own])
 
 
 class Outputs(NamedTuple):

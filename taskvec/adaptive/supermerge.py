@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -20,7 +19,7 @@ from taskvec import tree as trees, vectors
 from taskvec.adaptive import atlas_parts as parts
 from taskvec.adaptive.coefficients import coefficients
 from taskvec.adaptive.fit import Loop
-from taskvec.adaptive.learn import Learned, Problem, learn
+from taskvec.adaptive.learn import Learned, Problem, heads_of, learn
 from taskvec.adaptive.registry import adaptive_method
 from taskvec.adaptive.rows import Rows, together
 from taskvec.merging.registry import Card
@@ -38,20 +37,9 @@ def tasks_of(node: int | Sequence) -> list[int]:
     return [node] if isinstance(node, int) else [task for child in node for task in tasks_of(child)]
 
 
-def only(problem: Problem, tasks: Sequence[int], tau: Tree) -> Problem:
-    """The problem of some tasks, with the given task vectors."""
-    heads, at = problem.heads, jnp.array(tasks)
-    return problem._replace(tau=tau, heads=heads._replace(kernel=heads.kernel[at], class_mask=heads.class_mask[at]))
-
-
 @jax.jit
 def _stacked(theta0: Tree, models: list[Tree]) -> Tree:
     return vectors.task_vectors(theta0, models)
-
-
-def _some(tau: Tree, tasks: Sequence[int]) -> Tree:
-    pick = lambda path, x: jnp.take(x, jnp.array(tasks), axis=int(trees.is_stacked(path)))
-    return trees.map_with_path(pick, tau)
 
 
 @adaptive_method(
@@ -113,14 +101,14 @@ def supermerge(
         """Merges a group: what `learn` gave, and coefficients ``[G, T]`` of the task vectors that are under it."""
         tasks = tasks_of(node)
         if isinstance(node[0], int):
-            tau = problem.tau if tasks == everything else _some(problem.tau, tasks)
+            tau = problem.tau if tasks == everything else vectors.some(problem.tau, tasks)
             below_GxTxN = np.tile(np.eye(len(everything))[:, tasks], (len(tensor_groups.names), 1, 1))
         else:
             inner = [fold(child) for child in node]
             tau = _stacked(problem.theta0, [found.params for found, _ in inner])
             below_GxTxN = np.stack([coef for _, coef in inner], axis=-1)
         found = learn(
-            only(problem, tasks, tau),
+            problem._replace(tau=tau, heads=heads_of(problem.heads, tasks)),
             coefficients(tensor_groups, len(node), init, "tanh"),
             parts.cross_entropies,
             together(rows.only(tasks), per_task, seed),

@@ -1,35 +1,13 @@
 """AdaMerging against an independent float64 loop with hand-written gradients and Adam."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from taskvec import tree as trees
 from taskvec.adaptive import rows as rows_lib
 from taskvec.adaptive.adamerging import adamerging, keep_agreeing
-from taskvec.adaptive.learn import Problem
-from taskvec.training.heads import make_heads
-
-TASKS, ROWS, D_IN, HIDDEN, D = 3, 4, 5, 7, 6
-CLASSES = (4, 2, 3)
-NAMES = ("b1", "b2", "w1", "w2")  # the order of leaves
-SHAPES = {"b1": (HIDDEN,), "b2": (D,), "w1": (D_IN, HIDDEN), "w2": (HIDDEN, D)}
-
-
-def setting(seed=0):
-    rng = np.random.default_rng(seed)
-    theta0 = {k: rng.normal(0, 0.7, SHAPES[k]) for k in NAMES}
-    tau = {k: rng.normal(0, 0.4, (TASKS, *SHAPES[k])) for k in NAMES}
-    kernels = [rng.normal(size=(D, c)) for c in CLASSES]
-    kernels = [k / np.linalg.norm(k, axis=0) for k in kernels]
-    inputs = [{"x": rng.normal(size=(n, D_IN)).astype(np.float32)} for n in (9, ROWS, 30)]
-    return theta0, tau, kernels, rows_lib.arrays(inputs)
-
-
-def apply_fn(params, batch):
-    hidden = jnp.tanh(batch["x"] @ params["w1"] + params["b1"][None])
-    return {"features": hidden @ params["w2"] + params["b2"][None]}
+from tests.adaptive.mlp_oracle import NAMES, ROWS, TASKS, as_jax, problem, setting
 
 
 def entropy_and_gradient(theta, x, kernels, scale=20.0):
@@ -53,10 +31,6 @@ def entropy_and_gradient(theta, x, kernels, scale=20.0):
     return total, {"b1": dh.sum(0), "b2": dz.sum(0), "w1": x.T @ dh, "w2": h.T @ dz}
 
 
-def problem(theta0, tau, kernels):
-    return Problem(apply_fn, as_jax(theta0), as_jax(tau), make_heads(kernels), scanned=False)
-
-
 def oracle(theta0, tau, kernels, rows, mode, steps, rate=1e-3):
     batches = rows_lib.together(rows, ROWS)
     lam = np.full((4 if mode == "tensor" else 1, TASKS), 0.3)
@@ -74,10 +48,6 @@ def oracle(theta0, tau, kernels, rows, mode, steps, rate=1e-3):
         lam = lam - rate * (m / (1 - 0.9 ** (step + 1))) / (np.sqrt(v / (1 - 0.999 ** (step + 1))) + 1e-8)
         losses.append(loss)
     return np.clip(lam, 0, 1), losses
-
-
-def as_jax(tree):
-    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
 
 
 @pytest.mark.parametrize("mode, rate", [("tensor", 1e-3), ("task", 1e-3), ("tensor", 2e-2)])
