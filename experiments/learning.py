@@ -50,14 +50,15 @@ def settings_of(name: str) -> dict[str, Any]:
 def learn(bench: Bench, name: str, data: str, settings: dict[str, Any]) -> Found:
     """Runs a registered adaptive method; `data` says which rows it may look at."""
     if name in ONE_OUT:
-        runs = [_run(bench, name, one_out(bench, t), rows(bench, data).only([t]), settings) for t in _tasks(bench)]
+        runs = [_run(bench, name, one_out(problem(bench), t), rows(bench, data).only([t]), settings)
+                for t in range(len(bench.tasks))]  # fmt: skip
         return Found(results.per_task([found.params for found in runs]))
     given = rows(bench, data, packed=name not in TOKENWISE)
     if name == "atlas_negation":
         names = [task.name for task in bench.tasks]
         target, control = (names.index(settings[key]) for key in NEGATION)
         rest = {key: value for key, value in settings.items() if key not in NEGATION}
-        found = _run(bench, name, negation(bench, target, control), given.only([target, control]), rest)
+        found = _run(bench, name, negation(problem(bench), target, control), given.only([target, control]), rest)
         return Found(results.static(found.params))
     if name in PAIRED:
         given = pairs(given, bench.seed)
@@ -78,28 +79,21 @@ def _run(bench: Bench, name: str, problem: Problem, given: Rows, settings: dict[
     return found
 
 
-def _tasks(bench: Bench) -> range:
-    return range(len(bench.tasks))
-
-
 def problem(bench: Bench) -> Problem:
     """What adaptive methods merge."""
     model, theta0 = bench.base.model, bench.base.pretrained
     return Problem(model.apply, theta0, tv.task_vectors(theta0, bench.experts), bench.heads, model.scanned)
 
 
-def one_out(bench: Bench, task: int) -> Problem:
+def one_out(whole: Problem, task: int) -> Problem:
     """The other tasks' vectors, and the head of one."""
-    whole = problem(bench)
-    return whole._replace(
-        tau=vectors.some(whole.tau, [t for t in _tasks(bench) if t != task]), heads=heads_of(bench.heads, [task])
-    )
+    others = [t for t in range(whole.num_tasks) if t != task]
+    return whole._replace(tau=vectors.some(whole.tau, others), heads=heads_of(whole.heads, [task]))
 
 
-def negation(bench: Bench, target: int, control: int) -> Problem:
+def negation(whole: Problem, target: int, control: int) -> Problem:
     """One task's vector, and the heads of that task and of a control task."""
-    whole = problem(bench)
-    return whole._replace(tau=vectors.some(whole.tau, [target]), heads=heads_of(bench.heads, [target, control]))
+    return whole._replace(tau=vectors.some(whole.tau, [target]), heads=heads_of(whole.heads, [target, control]))
 
 
 def rows(bench: Bench, data: str, packed: bool = True) -> Rows:

@@ -148,6 +148,10 @@ def weighted_sum(theta0: Array, tau: Any, coef: Array) -> Array:
 
 def _summed(total: Array, tau: Array, coef: Array) -> Array:
     dtype = total.dtype
+    if tau.ndim == 2 and coef.ndim == 1:
+        # A product stands on its own. The loop below would be fused into whatever uses the vector and be run again for
+        # every row that a bias is added to: a third of a step of MiniLM on CPU.
+        return total + jnp.dot(coef, tau.astype(dtype), precision=jax.lax.Precision.HIGHEST)
     if tau.shape[0] <= UNROLL:
         for t in range(tau.shape[0]):
             total = total + coef[t] * tau[t].astype(dtype)
