@@ -78,7 +78,7 @@ def _measured_on(claims: Callable, measure: Measure) -> Measure:
 
 def _fraction(x: Array, low: Array, high: Array) -> Array:
     """Where x lies between low and high; 0 if there is nothing between."""
-    return jnp.where(high > low, (x - low) / jnp.where(high > low, high - low, 1.0), 0.0)
+    return (x - low) * jnp.where(high > low, 1 / jnp.where(high > low, high - low, 1.0), 0.0)
 
 
 def _clip(x: Array, bounds_Tx2: Array) -> tuple[Array, Array]:
@@ -99,12 +99,19 @@ def _released_claims(x: Array, stats: tuple, variant: str) -> Array:
     return jnp.maximum(jnp.exp(x.shape[0] * (normed**2 - 1)) * inter, 0.0)
 
 
+def _of_pairs(fn: Callable, x: Array, *of_pair_TxT: Array) -> Array:
+    """A symmetric function of two tasks, ``fn(x_t, x_k, of_pair[t, k]) -> number``, of each pair once: ``[T, T]``."""
+    tasks = range(x.shape[0])
+    one = lambda t, k: fn(x[t], x[k], *(each[t, k] for each in of_pair_TxT))
+    found = {(t, k): one(t, k) for t in tasks for k in tasks[t:]}
+    return jnp.stack([jnp.stack([found[min(t, k), max(t, k)] for k in tasks]) for t in tasks])
+
+
 def _product_bounds(x: Array, leaf: Leaf, stats: tuple) -> Array:
     """The largest x_t x_k and -x_t x_k: ``[2, T, T]``."""
     axes = tuple(range(1, x.ndim))
-    most = lambda a: a.max(axes, initial=-jnp.inf)
-    highs, lows = jax.lax.map(lambda other: (most(x * other), most(-x * other)), x)
-    return jnp.stack([highs, lows])
+    most = lambda sign: jnp.stack([(sign * x * x[k]).max(axes, initial=-jnp.inf) for k in range(x.shape[0])])
+    return jnp.stack([most(1), most(-1)])
 
 
 def _bounds(found: Array, info: ModelInfo, stats: tuple) -> Array:
@@ -112,31 +119,37 @@ def _bounds(found: Array, info: ModelInfo, stats: tuple) -> Array:
     return jnp.stack([-found[1], found[0]])
 
 
-def _terms(x: Array, bounds_2xTxT: Array) -> tuple[Array, Callable]:
-    """``exp(T (norm(x_t x_t) - 1))``, and the function k -> ``exp(norm(x_t x_k))`` for ``(x_k, bounds[:, k])``."""
-    own = jnp.diagonal(bounds_2xTxT, axis1=1, axis2=2)
-    normed = _fraction(x * x, by_task(own[0], x), by_task(own[1], x))
-    inter = lambda other, low, high: jnp.exp(_fraction(x * other, by_task(low, x), by_task(high, x)))
-    return jnp.exp(x.shape[0] * (normed - 1)), inter
+def _intra(x: Array, bounds_2xTxT: Array) -> Array:
+    """``exp(T (norm(x_t x_t) - 1))``."""
+    low_T, high_T = jnp.diagonal(bounds_2xTxT, axis1=1, axis2=2)
+    return jnp.exp(x.shape[0] * (_fraction(x * x, by_task(low_T, x), by_task(high_T, x)) - 1))
+
+
+def _inter(x: Array, other: Array, low: Array, high: Array) -> Array:
+    """``exp(norm(x_t x_k))``."""
+    return jnp.exp(_fraction(x * other, low, high))
 
 
 def _exp_sums(x: Array, leaf: Leaf, stats: tuple) -> tuple[Array, Array]:
-    axes, bounds = tuple(range(1, x.ndim)), jnp.asarray(stats[0])
-    intra, inter = _terms(x, bounds)
-    return intra.sum(axes), jax.lax.map(lambda args: inter(*args).sum(axes), (x, bounds[0], bounds[1]))
+    # One sum at a time: XLA on CPU runs sums of several arrays in one loop without vector instructions.
+    bounds = jnp.asarray(stats[0])
+    intra = _intra(x, bounds)
+    inter = _of_pairs(lambda *pair: _inter(*pair).sum(), x, *bounds)
+    return jnp.stack([intra[t].sum() for t in range(x.shape[0])]), inter
 
 
 def _exp_means(sums: tuple[Array, Array], info: ModelInfo, stats: tuple) -> tuple[Array, Array]:
-    tasks = sums[0].shape[0]
-    bounds = jnp.asarray(stats[0])
-    intra, inter = _terms(jnp.zeros(tasks), bounds)
-    at_zero = intra, jax.lax.map(lambda args: inter(*args), (jnp.zeros(tasks), bounds[0], bounds[1]))
+    zeros, bounds = jnp.zeros(sums[0].shape[0]), jnp.asarray(stats[0])
+    at_zero = _intra(zeros, bounds), _of_pairs(_inter, zeros, *bounds)
     return tuple((total + info.unseen * each) / info.size for total, each in zip(sums, at_zero, strict=True))
 
 
 def _paper_claims(x: Array, stats: tuple) -> Array:
-    bounds, (intra_mean, inter_mean) = jnp.asarray(stats[0]), stats[1]
-    intra, inter = _terms(x, bounds)
-    add = lambda total, args: (total + inter(*args[:3]) / by_task(args[3], x), None)
-    total = jax.lax.scan(add, jnp.zeros_like(x), (x, bounds[0], bounds[1], jnp.asarray(inter_mean)))[0]
-    return intra / by_task(intra_mean, x) * total
+    bounds, (intra_mean_T, inter_mean_TxT) = jnp.asarray(stats[0]), stats[1]
+    # Written out: each task's claim is one loop over its entries, whereas a scan over k would pass all of them k times
+    # through memory.
+    total = 0.0
+    for k in range(x.shape[0]):
+        low, high, factor = (by_task(each_T, x) for each_T in (*bounds[:, k], 1 / jnp.asarray(inter_mean_TxT)[k]))
+        total += factor * _inter(x, x[k], low, high)
+    return _intra(x, bounds) / by_task(intra_mean_T, x) * total
