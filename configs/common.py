@@ -1,14 +1,19 @@
 """What config files share: parsing of ``file.py:key=value,flag`` and the defaults of a merging benchmark."""
 
 import dataclasses
+import typing
 
 import ml_collections
 from ml_collections import config_dict
 
+from experiments import together
 from experiments.experts import KINDS
 from taskvec.training import recipes
 
-RECIPE_TYPES = {f.name: int if f.name in ("steps", "batch_size") else float for f in dataclasses.fields(recipes.Recipe)}
+RECIPE_TYPES = {f.name: (*typing.get_args(f.type), f.type)[0] for f in dataclasses.fields(recipes.Recipe)}
+
+# TIES as FusionBench has it, which is the released code's with the sum of what agrees; its scale is 0.3 mostly.
+FUSION_BENCH_TIES = {"density": 0.2, "aggregate": "sum", "rule": "released", "zero": "majority"}
 
 # Settings of methods in a smoke run, at most.
 SHORT = {
@@ -52,7 +57,7 @@ def benchmark(name: str, seeds: int) -> ml_collections.ConfigDict:
     config = experts(name, seeds, "small")
     scales = (0.3, 0.5, 0.7, 1.0)
     ada = {"method": "adamerging", "mode": "tensor", "init": 0.3, "learning_rate": 1e-3, "steps": 500, "per_task": 16}
-    cut = {"method": "surgery", "on": "adamerging", "rank": 16, "steps": 1000, "learning_rate": 1e-3}
+    cut = {"method": "surgery", "on": "adamerging", "rank": 16, "center": True, "steps": 1000, "learning_rate": 1e-3}
     settings = {
         "pretrained": {},
         "weight_average": {},
@@ -68,11 +73,14 @@ def benchmark(name: str, seeds: int) -> ml_collections.ConfigDict:
         "adamerging_taskwise": {**ada, "mode": "task", "data": "unlabelled test"},
         "adamerging_pp": {**ada, "plus_plus": True, "data": "unlabelled test"},
         "individual": {},
+        "joint": dict(together.KINDS["joint"]),
         "surgery": {**cut, "data": "unlabelled test"},
         "surgery_inductive": {**cut, "on": "adamerging_inductive", "data": "unlabelled train"},
     }
     config.settings = ml_collections.ConfigDict(settings)
-    config.methods = tuple(settings)  # the rows of the table, in this order
+    config.tau_dtype = "float32"  # of the task vectors that adaptive methods hold; bfloat16 takes half the memory
+    # The rows of the table, in this order; one that is trained on all tasks jointly only where a config asks for it.
+    config.methods = tuple(label for label in settings if label != "joint")
     # Claims to test: each pair by the paired difference of accuracies; "best static" is the best data-free row.
     config.claims = (
         ("pretrained", "weight_average"),
@@ -90,12 +98,13 @@ def experts(name: str, seeds: int, recipe: str, train: str = "full") -> ml_colle
       name: of the experiment.
       seeds: how many.
       recipe: one of `taskvec.training.recipes.RECIPES`.
-      train: one of `experiments.experts.KINDS`.
+      train: one of `experiments.experts.KINDS`; or, for one model of all tasks, of `experiments.together.KINDS`.
     """
     if seeds < 1:
         raise ValueError(f"seeds={seeds}, must be at least 1")
-    if train not in KINDS:
-        raise ValueError(f"train={train!r}; allowed: {', '.join(KINDS)}")
+    of_all = together.settings_of(train)
+    if of_all is None and train not in KINDS:
+        raise ValueError(f"train={train!r}; allowed: {', '.join((*KINDS, *together.KINDS))}, joint+BALANCER")
     config = ml_collections.ConfigDict()
     config.name = name
     config.seeds = tuple(range(seeds))
@@ -110,8 +119,11 @@ def experts(name: str, seeds: int, recipe: str, train: str = "full") -> ml_colle
     config.augment = False  # random crops of training images, as in open_clip
     # Options of the forward pass; "" and 0: none. All layers unrolled make steps on CPU faster and compilation longer.
     config.compute = ml_collections.ConfigDict({"dtype": "", "remat": "", "unroll": 0})
-    config.checkpoint_every = 200  # steps
-    config.trainable = ml_collections.ConfigDict({"kind": train, **KINDS[train]})
+    config.checkpoint_every = 200  # batches
+    what = "full" if of_all else train
+    config.trainable = ml_collections.ConfigDict({"kind": what, **KINDS[what]})
+    if of_all:
+        config[of_all[0]] = ml_collections.ConfigDict(of_all[1])
     settings = dataclasses.asdict(recipes.get(recipe))
     config.finetune = ml_collections.ConfigDict()
     for key, value in settings.items():
@@ -123,7 +135,7 @@ def experts(name: str, seeds: int, recipe: str, train: str = "full") -> ml_colle
 def suite(kind: str, tasks: tuple[str, ...], **sizes) -> ml_collections.ConfigDict:
     """The keys of `taskvec.data.suites.Spec`; the seed comes from ``config.seeds``."""
     fields = {"kind": kind, "tasks": tasks, "source": "registry", "train": 512, "held_out": 256, "test": 500}
-    encoding = {"max_length": 48} if kind == "text" else {"image_size": 64}
+    encoding = {"max_length": 48} if kind == "text" else {"image_size": 64, "corruption": ""}
     return ml_collections.ConfigDict({**fields, **encoding, **sizes})
 
 
@@ -132,6 +144,8 @@ def shrink_finetuning(config: ml_collections.ConfigDict, few_rows: bool = False)
     config.eval_batch_size = 16
     config.finetune.update({"steps": 2, "batch_size": 8})
     config.finetune.warmup = min(config.finetune.warmup, 1.0)
+    if "atm" in config:
+        config.atm.rounds = min(config.atm.rounds, 2)
     if few_rows:
         with config.suite.unlocked():
             config.suite.update({"train": 32, "held_out": 8, "test": 16})

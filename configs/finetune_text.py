@@ -17,7 +17,7 @@ from taskvec.data import glue, suites
 
 
 def get_config(arg=None):
-    """Arguments: see above; ``tasks`` (joined by +), ``recipe``, ``train`` (`experiments.experts.KINDS`)."""
+    """Arguments: see above; ``tasks`` (joined by +), ``recipe``, ``train`` (see `common.experts`)."""
     arg = common.parse_arg(
         arg, model="minilm", suite="registry", source="", tasks="", recipe="small", train="full", length=128, seeds=1,
         runlocal=False,

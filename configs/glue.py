@@ -5,13 +5,14 @@
 
 Models: ``flan_t5_base``, ``flan_t5_base_lora``, ``flan_t5_large`` (LoRA), ``roberta_base``, ``gpt2``. With network the
 checkpoints come from the hub (google/flan-t5-..., tanganke/flan-t5-..._glue-TASK, tanganke/gpt2_TASK); without, from
-FOLDER, which holds them under the last part of those names. RoBERTa's are the folders of one hub repository,
-vanillaOVO/roberta_base_glue_ckpts, so a copy of it is always named: FOLDER holds ``roberta-base`` and
-``TASK/roberta-base_lr1e-05``, with safetensors. DATA as in `taskvec.data.glue`, or ``hub``. Rows are the validation
-split; Flan-T5's answers are right if they equal the target letter for letter, STS-B is scored by Spearman's rho.
+FOLDER, which holds them under the last part of those names. RoBERTa's experts are the folders of one hub repository,
+vanillaOVO/roberta_base_glue_ckpts (of arXiv 2311.03099), and start from FacebookAI/roberta-base; FOLDER holds them as
+``TASK/roberta-base_lr1e-05`` beside ``roberta-base``. DATA as in `taskvec.data.glue`, or ``hub``. Rows are the
+validation split; Flan-T5's answers are right if they equal the target letter for letter, STS-B is scored by Spearman's
+rho.
 
-Published, per cent, protocol fusion_bench (docs/modelpool/flan-t5_generation.md and gpt2_classification.md). Flan-T5,
-mean of 8 tasks, task arithmetic and TIES with scale 0.3:
+Published, per cent, protocol fusion_bench (docs/modelpool/flan-t5_generation.md and gpt2_classification.md), TIES as
+there, which sums what agrees. Flan-T5, mean of 8 tasks, task arithmetic and TIES with scale 0.3:
 
 | method | base | base, LoRA 16 | large, LoRA 16 |
 | --- | ---: | ---: | ---: |
@@ -25,8 +26,8 @@ base by task (CoLA, MNLI, MRPC, QNLI, QQP, RTE, SST-2, STS-B): pretrained 69.1, 
 62.2; experts 75.0, 83.4, 87.5, 91.5, 85.4, 85.9, 93.6, 88.7. With the LoRA experts and a scale of 0.5 MNLI falls to
 2.2: the model no longer writes one of the answers.
 
-GPT-2, mean of 7 tasks (no STS-B): weight_average 56.1, task_arithmetic (0.5) 70.0, ties (0.6) 70.0, individual 82.0;
-the two scales were chosen on the rows that are scored.
+GPT-2, mean of 7 tasks (no STS-B): weight_average 56.1, Fisher 58.7, RegMean 68.8, task_arithmetic (0.5) 70.0, ties
+(0.6) 70.0, individual 82.0; the two scales were chosen on the rows that are scored.
 
 RoBERTa-base, mean of 8 tasks, another protocol (GLUE's own metrics, divided by the experts'; WUDI-Merging's page):
 weight_average 52.6, task_arithmetic 67.8, ties 64.7. Not divided, SyMerge's page has experts 85.6, task_arithmetic
@@ -42,7 +43,12 @@ MODELS = {
     "flan_t5_base": ("google/flan-t5-base", "tanganke/flan-t5-base_glue-{}", 512, (0.3, 0.3)),
     "flan_t5_base_lora": ("google/flan-t5-base", "tanganke/flan-t5-base_glue-{}_lora-16", 512, (0.3, 0.3)),
     "flan_t5_large": ("google/flan-t5-large", "tanganke/flan-t5-large_glue-{}_lora-16", 512, (0.3, 0.3)),
-    "roberta_base": ("roberta-base", "{}/roberta-base_lr1e-05", 128, (0.3, 0.3)),
+    "roberta_base": (
+        "FacebookAI/roberta-base",
+        "vanillaOVO/roberta_base_glue_ckpts/{}/roberta-base_lr1e-05",
+        128,
+        (0.3, 0.3),
+    ),
     "gpt2": ("openai-community/gpt2", "tanganke/gpt2_{}", 128, (0.5, 0.6)),
 }
 
@@ -69,7 +75,7 @@ def get_config(arg=None):
     rows = {"train": 64, "held_out": 0, "test": None}
     config.suite = common.suite("text", tasks, source=arg.source, family=family, max_length=length, **rows)
     config.settings.task_arithmetic = {"scale": scales[0]}
-    config.settings.ties = {"scale": scales[1]}
+    config.settings.ties = {"scale": scales[1], **common.FUSION_BENCH_TIES}
     config.settings.surgery.on = "task_arithmetic"
     config.methods = ("pretrained", "weight_average", "task_arithmetic", "ties", "tsv_m", "individual")
     config.claims = (("pretrained", "weight_average"), ("weight_average", "best static"), ("best static", "individual"))
@@ -83,7 +89,8 @@ def get_config(arg=None):
 
 
 def _place(name: str, checkpoints: str) -> str:
-    """A hub id, or where its copy is; RoBERTa's experts are folders of one repository, not ids."""
+    """A hub id, or where its copy is: of a repository under its name, of folders of one under theirs."""
     if checkpoints == "hub":
         return name
-    return f"{checkpoints}/{name if name.endswith('_lr1e-05') else name.rpartition('/')[2]}"
+    _, repository, *inside = name.split("/")
+    return "/".join([checkpoints, *(inside or [repository])])

@@ -29,6 +29,7 @@ def rows(steps: int, per_task: int) -> adaptive.Rows:
     """The rows of the table."""
     run = {"steps": steps, "per_task": per_task, "learning_rate": 5e-3}
     turns = {"rounds": steps // 4, "per_task": per_task, "learning_rate": 1e-2, "head_learning_rate": 1e-2}
+    turned = {"rounds": 3, "shots": 100, **run, "steps": steps // 3}
     epochs = {"epochs": 10, "keep": "last"}
     test, train = {"data": "unlabelled test"}, {"data": "unlabelled train"}
     correction = {"on": "tsv_m", "rank": 16, "steps": 1000, "learning_rate": 1e-3}
@@ -51,12 +52,13 @@ def rows(steps: int, per_task: int) -> adaptive.Rows:
         "atlas": {**epochs, "per_task": per_task, "learning_rate": 1e-2},
         "supermerge": {**run},
         "fw_hard": {"shots": 100},
-        "fw_soft": {"rounds": 3, "shots": 100, **run, "steps": steps // 3},
+        "fw_soft": {**turned, "adapt": "unlabelled test"},
+        "fw_soft_inductive": {"method": "fw_soft", **turned, "adapt": "unlabelled train"},
         "sens_merging": {},
         "atlas_few_shot": {**epochs, "batch_size": 32, "learning_rate": 5e-2},
         "atlas_ufm": {"epochs": 5, "batch_size": 32, "learning_rate": 5e-3, **test},
         "lorahub": {"budget": 40, "factors": False},
-        "surgery": {**correction, **test},
-        "surgery_inductive": {"method": "surgery", **correction, **train},
+        **both("surgery", **correction),
+        "surgery_centred": {"method": "surgery", **correction, "center": True, **test},
         "surgery_v2": {"steps": steps, "per_task": per_task, "on": "tsv_m", "learning_rate": 5e-3, **train},
     }

@@ -2,16 +2,21 @@
 
     python -m experiments.benchmark --config=configs/vision3.py --workdir=results/vision3
 
-Leaves ``result.jsonl`` (one row a method and seed), ``report.md``, ``accuracy.png``, ``coefficients.png`` and
-``coefficients_LABEL.json``. Every method sees the same rows, heads and experts; what it may look at stands in its row.
+Leaves ``result.jsonl`` (one row a method and seed), ``report.md``, ``accuracy.png`` and, of every method that learns
+coefficients, ``coefficients_LABEL`` as npz, json and png. Every method sees the same rows, heads and experts; what it
+may look at stands in its row.
+
+With ``--distributed``, in every process of a pod or cluster, each runs its part of the rows through the models that are
+scored; merging and adapting is not divided. Experts must exist.
 """
 
 import pathlib
 import time
 
+import jax
 from absl import app
 
-from experiments import output, runs, setup
+from experiments import memory, output, runs, setup
 from experiments.prepare import load_base, prepare
 from taskvec.io.progress import say
 
@@ -30,9 +35,11 @@ def benchmark(config, workdir: pathlib.Path) -> None:
         bench = prepare(config, base, seed)
         done: dict[str, runs.Outcome] = {}
         for label in output.in_order(config):
+            memory.forget_peak()
             done[label] = runs.run(bench, label, config.settings[label], done)
             say(table.add(bench, label, done[label]))
-        table.write(workdir)  # after every seed, so that a run cut short leaves what it has
+        if jax.process_index() == 0:
+            table.write(workdir)  # after every seed, so that a run cut short leaves what it has
     say(f"done in {time.perf_counter() - start:.0f} s; results in {workdir}")
 
 

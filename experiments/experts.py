@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from taskvec import models
+from taskvec import host, models
 from taskvec.data import batches, preprocessing
 from taskvec.data.base import Task
 from taskvec.io import peft
@@ -117,6 +117,11 @@ def make_trainable(settings: Mapping[str, Any], model: models.Model) -> Trainabl
     return made
 
 
+def settled(tuner: Tuner, task: Task) -> Recipe:
+    """The recipe with the steps that it has for a task of the config's suite."""
+    return tuner.recipe.for_task(task.name, len(task.train.labels), tuner.settings.suite.get("family", ""))
+
+
 def train(
     tuner: Tuner,
     pretrained: Tree,
@@ -138,20 +143,20 @@ def train(
       place: folder for checkpoints, from which a killed run goes on.
       record: called with (steps done, metrics of the last ones ``{name: [n]}``, rows a second).
     """
-    config, recipe = tuner.settings, tuner.recipe.for_task(task.name, len(task.train.labels))
+    host.alone(f"fine-tuning {task.name}")
+    config, recipe = tuner.settings, settled(tuner, task)
     sparse_kind, phases = config.trainable.kind == "lt_sft", 1 + (config.trainable.kind == "lt_sft")
-    split = preprocessing.augmented(task.train, config.suite.image_size) if config.augment else task.train
-    make = batches.training_batches(split, recipe.batch_size, recipe.steps, seed)
+    make = training_batches(tuner, task, recipe.batches, seed)
     open_ = lambda i: None if place is None else Checkpoint(place / f"phase{i}", config.checkpoint_every)
     checkpoints = [open_(i) for i in range(phases)]
     finetune = tuner.make(recipe)
-    rest = (*head, batches.prefetched(make, recipe.steps))
-    with bar(f"fine-tuning {task.name}, seed {seed}", phases * recipe.steps) as update:
-        show = _shown(update, recipe.batch_size, record)
+    rest = (*head, batches.prefetched(make, recipe.batches))
+    with bar(f"fine-tuning {task.name}, seed {seed}", phases * recipe.batches) as update:
+        show = shown(update, recipe.batch_size, record)
         if sparse_kind:
             chosen = {"density": config.trainable.density, "exclude": config.trainable.exclude}
             tuned = sparse.lt_sft(
-                finetune, pretrained, *rest, **chosen, checkpoints=tuple(checkpoints), steps=recipe.steps, seed=seed,
+                finetune, pretrained, *rest, **chosen, checkpoints=tuple(checkpoints), steps=recipe.batches, seed=seed,
                 on_chunk=show,
             )  # fmt: skip
         else:
@@ -159,11 +164,21 @@ def train(
     for checkpoint in checkpoints:
         if checkpoint is not None:
             checkpoint.close()
-    if sparse_kind:
-        return Expert(tuned, None)
+    return Expert(tuned, None) if sparse_kind else finished(tuner, pretrained, tuned)
+
+
+def training_batches(tuner: Tuner, task: Task, count: int, seed: int) -> Callable[[int], batches.Batch]:
+    """Batches of a task's training rows, pictures cropped at random where the config says so."""
+    config = tuner.settings
+    split = preprocessing.augmented(task.train, config.suite.image_size) if config.augment else task.train
+    return batches.training_batches(split, config.finetune.batch_size, count, seed)
+
+
+def finished(tuner: Tuner, pretrained: Tree, learnables: Tree) -> Expert:
+    """What the learnables make of the pretrained params."""
     _, fixed = tuner.trainable.init(pretrained)
-    low_rank = config.trainable.kind in ("lora", "l_lora")
-    return Expert(tuner.trainable.weights(tuned, fixed), lora.factors(tuned, fixed) if low_rank else None)
+    low_rank = tuner.settings.trainable.kind in ("lora", "l_lora")
+    return Expert(tuner.trainable.weights(learnables, fixed), lora.factors(learnables, fixed) if low_rank else None)
 
 
 def save(folder: pathlib.Path, model: models.Model, expert: Expert, config: Any, source: pathlib.Path, about: dict):
@@ -176,8 +191,8 @@ def save(folder: pathlib.Path, model: models.Model, expert: Expert, config: Any,
     (folder / "expert.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
-def _shown(update: Callable, batch_size: int, record: Callable | None) -> Callable:
-    """Shows and records a chunk with its rows a second (compiling is in those of the first)."""
+def shown(update: Callable, batch_size: int, record: Callable | None) -> Callable:
+    """An ``on_chunk`` that shows and records a chunk with its rows a second (of the first, compiling included)."""
     last = time.perf_counter()
 
     def show(step: int, metrics: dict[str, np.ndarray]) -> None:

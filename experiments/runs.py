@@ -1,5 +1,6 @@
 """One function a kind of method: each takes a `Bench` and settings and returns what to score and what to record."""
 
+import functools
 import inspect
 import itertools
 import time
@@ -11,7 +12,7 @@ import numpy as np
 
 import taskvec as tv
 import taskvec.modular.surgery as surgery_lib
-from experiments import learning
+from experiments import few_shot_heads, learning, prepare, together
 from experiments.prepare import Bench
 from taskvec.adaptive import registry as adaptive_registry
 from taskvec.evaluation import scorers
@@ -37,6 +38,7 @@ class Outcome(NamedTuple):
       data_access: as in a result row.
       coefficients: ``(groups, [G, T])`` of an adaptive method.
       heads: trained in place of the fixed ones.
+      classifiers: functions from features to logits in place of heads, one a task.
     """
 
     merged: Merged
@@ -47,12 +49,25 @@ class Outcome(NamedTuple):
     data_access: str = "none"
     coefficients: tuple | None = None
     heads: Heads | None = None
+    classifiers: list[Callable] | None = None
+
+    @property
+    def head_trained(self) -> bool:
+        return self.heads is not None or self.classifiers is not None
+
+    def scorer(self, bench: Bench) -> scorers.Scorer:
+        """What scores its features."""
+        if self.classifiers is not None:
+            return scorers.of_classifiers(bench.base.model.apply, self.classifiers)
+        return bench.scorer if self.heads is None else scorers.of_heads(bench.base.model.apply, self.heads)
 
 
 def run(bench: Bench, label: str, settings: Mapping[str, Any], done: Mapping[str, Outcome]) -> Outcome:
     """Runs the method named in `settings` (by default the label itself)."""
     settings = dict(settings)
     name = settings.pop("method", label)
+    if name in few_shot_heads.SETTINGS:
+        return few_shot_head(bench, name, settings, done)
     if name in KINDS:
         return KINDS[name](bench, settings, done)
     if name in adaptive_registry.methods():
@@ -75,6 +90,18 @@ def pretrained(bench: Bench, settings: dict, done: Mapping) -> Outcome:
 def individual(bench: Bench, settings: dict, done: Mapping) -> Outcome:
     """Every task by its own expert: the upper row of the table."""
     return _evaluated(bench, results.per_task(bench.experts), settings=settings, seconds=0.0)
+
+
+def trained(kind: str, bench: Bench, settings: dict, done: Mapping) -> Outcome:
+    """One model trained on all tasks together: joint training is the other upper row of the table."""
+    params, seconds = prepare.obtain(bench, together.job(bench, kind, settings))
+    return _evaluated(
+        bench,
+        results.static(params),
+        settings=together.resolved(kind, settings),
+        seconds=seconds,
+        data_access="labelled train",
+    )
 
 
 def grid_of(settings: Mapping[str, Any]) -> dict[str, tuple]:
@@ -115,13 +142,13 @@ def adaptive(bench: Bench, name: str, settings: dict, done: Mapping) -> Outcome:
     given = {**settings, "on": done[on].merged.params_for(0)} if on in done else settings
     start = time.perf_counter()
     found = learning.learn(bench, name, data, given)
-    access = seen(data, done[on].data_access) if on in done else data
+    access = [data, known["adapt"]] if "adapt" in (known := {**learning.settings_of(name), **settings}) else [data]
     return _evaluated(
         bench,
         found.merged,
-        settings={**learning.settings_of(name), **settings},
+        settings=known,
         seconds=time.perf_counter() - start,
-        data_access=access,
+        data_access=seen(*access, *([done[on].data_access] if on in done else [])),
         coefficients=found.coefficients,
         heads=found.heads,
     )
@@ -129,7 +156,8 @@ def adaptive(bench: Bench, name: str, settings: dict, done: Mapping) -> Outcome:
 
 def seen(*access: str) -> str:
     """The access of a result that stands on another: whoever saw test rows is transductive, then labels count."""
-    return next(each for each in ("unlabelled test", "few labelled", "unlabelled train", "none") if each in access)
+    order = ("unlabelled test", "labelled train", "few labelled", "unlabelled train", "none")
+    return next(each for each in order if each in access)
 
 
 _PARAMETERS = inspect.signature(surgery_lib.train).parameters.values()
@@ -161,4 +189,29 @@ def surgery(bench: Bench, settings: dict, done: Mapping) -> Outcome:
     )
 
 
-KINDS = {"pretrained": pretrained, "individual": individual, "surgery": surgery}
+def few_shot_head(bench: Bench, name: str, settings: dict, done: Mapping) -> Outcome:
+    """Tip-Adapter or LP++ on the features of an earlier run, ``on``."""
+    data, on = settings.pop("data"), settings.pop("on")
+    if on not in done:
+        raise ValueError(f"{name} on {on!r} needs that run before it in config.methods; done so far: {list(done)}")
+    start = time.perf_counter()
+    below = done[on]
+    return Outcome(
+        merged=below.merged,
+        test=below.test,
+        held_out=below.held_out,
+        classifiers=few_shot_heads.train(bench, name, below.merged, settings),
+        settings={"on": on, **few_shot_heads.SETTINGS[name], **settings},
+        seconds=time.perf_counter() - start,
+        data_access=seen(data, below.data_access),
+    )
+
+
+KINDS = {
+    "pretrained": pretrained,
+    "individual": individual,
+    "surgery": surgery,
+    **{kind: functools.partial(trained, kind) for kind in together.KINDS},
+}
+# Settings, but `data` and `on`, of what stands on an earlier run and comes after all that do not.
+STANDING = {"surgery": SURGERY, **few_shot_heads.SETTINGS}

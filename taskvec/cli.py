@@ -5,6 +5,7 @@ standard error and exit code 2.
 """
 
 import argparse
+import dataclasses
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -14,8 +15,8 @@ _MERGE = """
   taskvec merge recipe.yml --out OUT                  a recipe in MergeKit's grammar
   taskvec merge OUT/taskvec_merge.json --out OUT2     the same merge again
 
-A model is a Hugging Face folder, a .safetensors file, an orbax checkpoint, a PEFT LoRA adapter, MODEL+ADAPTER, or a hub
-id. `taskvec methods` lists the methods.
+A model is a Hugging Face folder (safetensors, or else pytorch_model.bin), a file with weights, an orbax checkpoint, a
+PEFT LoRA adapter, MODEL+ADAPTER, or a hub id, OWNER/NAME or OWNER/NAME/FOLDER. `taskvec methods` lists the methods.
 """
 
 
@@ -76,7 +77,7 @@ def _add_merge(commands, common: argparse.ArgumentParser) -> None:
     add("--task", default="", metavar="EXPERT", help="whose model to write, for methods that give one an expert")
     add("--dtype", default="", metavar="DTYPE", help="float32, bfloat16 or float16 (default: the base's)")
     add("--lora", default="delta", choices=("delta", "factor"), help="merge adapters as products B A, or their factors")
-    add("--memory", default="1GB", metavar="SIZE", help="for the blocks in flight (default: 1GB)")
+    add("--memory", default="", metavar="SIZE", help="for the blocks in flight (default: 1GB, or what a record had)")
     add("--shard-size", default="5GB", metavar="SIZE", help="the most in one file (default: 5GB)")
     add("--dry-run", action="store_true", help="check everything, print the plan, stop")
     add("--no-hash", action="store_true", help="record sizes of the inputs, not their SHA-256")
@@ -90,7 +91,6 @@ def _merge(args: argparse.Namespace) -> None:
 
     host.keep_programs()
     earlier = None
-    memory = request.size(args.memory)
     if args.recipe and args.recipe.endswith(".json"):
         given = [
             n for n in ("method", "base", "expert", "set", "include", "task", "dtype", "extra") if getattr(args, n)
@@ -112,21 +112,23 @@ def _merge(args: argparse.Namespace) -> None:
             extras=request.named_extras(args.extra),
             shard_bytes=request.size(args.shard_size),
         )
+    if args.memory:
+        wanted = dataclasses.replace(wanted, memory=request.size(args.memory))
     if not args.out and not args.dry_run:
         raise ValueError("say where to write: --out OUT (or --dry-run to see the plan only)")
-    _start(args, wanted, earlier, memory)
+    _start(args, wanted, earlier)
 
 
-def _start(args: argparse.Namespace, wanted, earlier, memory: int) -> None:
+def _start(args: argparse.Namespace, wanted, earlier) -> None:
     from taskvec.commands import merge, prepare, show
     from taskvec.io.progress import console
 
     inputs = (earlier or {}).get("inputs", {})
-    job = prepare.prepare(wanted, memory, {label: model["pinned"] for label, model in inputs.items()})
+    job = prepare.prepare(wanted, {label: model["pinned"] for label, model in inputs.items()})
     to = merge.target(args.out, job) if args.out else None
     need, free = merge.check_target(to, job, args.overwrite) if to else (job.write_bytes, 0)
     if args.dry_run:
-        show.plan(job, _console(), memory, need, free if to else None)
+        show.plan(job, _console(), need, free if to else None)
         return
     for note in job.notes:
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)

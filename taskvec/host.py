@@ -1,4 +1,4 @@
-"""The host that jax runs on: memory that jax takes as it is, the cache folder, programs kept for later runs."""
+"""The host that jax runs on: memory that jax takes as it is, the cache folder, programs kept, processes."""
 
 import os
 import pathlib
@@ -30,3 +30,11 @@ def keep_programs() -> None:
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(cache() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def alone(what: str) -> None:
+    """Raises `RuntimeError` where several processes run what one has to do."""
+    if jax.process_count() > 1:
+        raise RuntimeError(
+            f"{what} is done by one process, here are {jax.process_count()}: run it alone first, what it leaves is used"
+        )

@@ -121,13 +121,15 @@ class Groups(NamedTuple):
     Attributes:
       ids: tree of int32 group numbers; a scalar for a plain leaf, ``[L]`` for a stacked one.
       names: one name a group, in order of the numbers.
+      shared: whether all tasks share one coefficient, too.
     """
 
     ids: Tree
     names: tuple[str, ...]
+    shared: bool = False
 
 
-GROUP_MODES = ("task", "block", "module", "tensor")
+GROUP_MODES = ("global", "task", "block", "module", "tensor")
 
 
 def groups(tree: Tree, mode: str) -> Groups:
@@ -135,13 +137,14 @@ def groups(tree: Tree, mode: str) -> Groups:
 
     Args:
       tree: parameters (arrays or `jax.ShapeDtypeStruct`), in either layout.
-      mode: ``task`` (one group), ``block`` (one a transformer block, one for everything
-        outside the blocks), ``module`` (tensors with the same parent dict), ``tensor`` (one each;
-        "layer-wise" in the sense of AdaMerging, arXiv 2310.02575).
+      mode: ``task`` (one group), ``global`` (one, and one coefficient for all tasks), ``block`` (one a transformer
+        block, one for everything outside the blocks), ``module`` (tensors with the same parent dict), ``tensor`` (one
+        each; "layer-wise" in the sense of AdaMerging, arXiv 2310.02575).
     """
     if mode not in GROUP_MODES:
         raise ValueError(f"unknown group mode {mode!r}; allowed: {', '.join(GROUP_MODES)}")
     name_of = {
+        "global": lambda path: "all",
         "task": lambda path: "all",
         "block": lambda path: path[: found.end()] if (found := _DEPTH.search(path)) else "outside",
         "module": lambda path: path.rpartition("/")[0] or path,
@@ -155,4 +158,4 @@ def groups(tree: Tree, mode: str) -> Groups:
             return jnp.array([ids[layer_path(path, i)] for i in range(leaf.shape[0])], jnp.int32)
         return jnp.array(ids[path], jnp.int32)
 
-    return Groups(map_with_path(leaf_ids, tree), tuple(number))
+    return Groups(map_with_path(leaf_ids, tree), tuple(number), mode == "global")

@@ -47,7 +47,7 @@ def test_stacking_reports_missing_layers():
 
 def test_groups_of_every_mode():
     counts = {mode: len(trees.groups(TREE, mode).names) for mode in trees.GROUP_MODES}
-    assert counts == {"task": 1, "block": 4, "module": 5, "tensor": 8}
+    assert counts == {"global": 1, "task": 1, "block": 4, "module": 5, "tensor": 8}
     by_block = trees.groups(TREE, "block")
     assert by_block.ids["blocks"]["q"]["kernel"].tolist() == by_block.ids["blocks"]["q"]["bias"].tolist()
     with pytest.raises(ValueError, match="task, block, module, tensor"):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import taskvec as tv
-from taskvec import vectors
+from taskvec import tree as trees, vectors
 from tests.models_for_tests import random_models
 
 
@@ -20,6 +20,14 @@ def test_layout_and_float32_differences():
     )
     np.testing.assert_array_equal(tau["embeddings"]["table"][1], expected)
     assert vectors.num_tasks(tau) == 2
+
+
+def test_vectors_in_half_precision():
+    pretrained, finetuned = random_models(0, 2)
+    half, whole = (tv.task_vectors(pretrained, finetuned, dtype) for dtype in (jnp.bfloat16, jnp.float32))
+    for path, x in trees.flatten(half).items():
+        exact = np.asarray(trees.flatten(whole)[path])
+        assert x.dtype == jnp.bfloat16 and (np.abs(np.asarray(x, np.float32) - exact) <= np.abs(exact) / 256).all()
 
 
 def test_negation_and_analogy():

@@ -11,8 +11,8 @@ published numbers, mean test accuracy in per cent, each with the protocol that i
   B   TALL-masks', for 14 and 20 tasks as well, with DTD scored on images that its expert very likely saw
 
 and where it was seen: [log] of the authors' run, [page] of theirs, [abstract], [2nd] in somebody else's paper or notes,
-[mem] from memory, to be confirmed. The checkpoints here are those of A'. A number under A or B is a guide, not a
-target. None of the runs was repeated here.
+[mem] from memory, to be confirmed. The checkpoints here are those of A', with ``family=task_vectors`` those of A, with
+``family=tall_masks`` those of B. A number under another is a guide, not a target. None of the runs was repeated here.
 """
 
 from collections.abc import Callable
@@ -37,7 +37,7 @@ def protocol(
       held_out: labelled or unlabelled training rows a task; None is the family's whole validation split.
     """
     arg = common.parse_arg(arg, **clip.ARGUMENTS)
-    config = table(clip.published(arg), f"{name}_{arg.arch}_{arg.suite}", rows(arg))
+    config = table(clip.published(arg), clip.named(name, arg), rows(arg))
     config.suite.held_out = held_out
     return clip.shrink(config, arg) if arg.runlocal else config
 

@@ -17,14 +17,14 @@ from taskvec.adaptive.fit import Loop
 from taskvec.adaptive.learn import Learned, Problem, learn
 from taskvec.adaptive.registry import adaptive_method
 from taskvec.adaptive.rows import Rows, together
+from taskvec.merging.coefficients import agreeing
 from taskvec.merging.registry import Card
 from taskvec.tree import Tree
 
 
-def keep_agreeing(theta0: Tree, tau: Tree) -> Tree:
-    """AdaMerging++'s task vectors: the largest 20 % of each, without the entries against the elected sign."""
-    ties = transforms.chain(transforms.trim(density=0.2), transforms.elect_signs())
-    return jax.jit(lambda *args: transforms.transform_task_vectors(ties, *args))(theta0, tau)
+def keep_agreeing(theta0: Tree, tau: Tree, plus_plus: bool | str = True) -> Tree:
+    """AdaMerging++'s task vectors, see `taskvec.merging.coefficients.agreeing`."""
+    return jax.jit(lambda *args: transforms.transform_task_vectors(agreeing(plus_plus), *args))(theta0, tau)
 
 
 @adaptive_method(
@@ -38,7 +38,8 @@ def keep_agreeing(theta0: Tree, tau: Tree) -> Tree:
         released_code=(
             "a step sums the entropies of two batches of 16 a task, and merges anew for each; coefficients for six "
             "leftovers of the text tower have gradient zero. FusionBench: 1000 steps, constraint='identity', "
-            "log(p + 1e-8). ++ elects the majority sign where signs cancel and keeps one entry more"
+            "entropy_eps=1e-8. ++ elects the majority sign where signs cancel and keeps one entry more "
+            "(plus_plus='released')"
         ),
     ),
 )
@@ -47,12 +48,13 @@ def adamerging(
     rows: Rows,
     *,
     mode: str = "tensor",
-    plus_plus: bool = False,
+    plus_plus: bool | str = False,
     constraint: str = "clip",
     init: float | np.ndarray = 0.3,
     steps: int = 500,
     learning_rate: float = 1e-3,
     per_task: int = 16,
+    entropy_eps: float = 0.0,
     seed: int = 0,
     loop: Loop = Loop(),
 ) -> Learned:
@@ -62,28 +64,30 @@ def adamerging(
       problem: what is merged.
       rows: unlabelled.
       mode: ``tensor`` (the paper's layer-wise), ``task`` (task-wise), or another of `taskvec.tree.groups`.
-      plus_plus: trim task vectors and elect signs first, as TIES (arXiv 2306.01708) before its mean: AdaMerging++.
+      plus_plus: trim task vectors and elect signs first, as TIES (arXiv 2306.01708) before its mean: AdaMerging++;
+        ``"released"`` by the rules of the released code, see `taskvec.merging.coefficients.agreeing`.
       constraint: see `coefficients.coefficients`.
       init: start of all coefficients, or ``[G, T]``.
       steps: of Adam (betas 0.9, 0.999).
       learning_rate: of Adam.
       per_task: rows of a task in a step.
+      entropy_eps: see `objectives.entropy`.
       seed: of the rows drawn.
       loop: see `fit.Loop`.
 
     Raises:
-      ValueError: numbers of tasks do not fit.
+      ValueError: numbers of tasks do not fit; unknown `plus_plus`.
       FitDiverged: see `fit.fit`.
     """
     problem.check(rows)
     if plus_plus:
         problem.check_dense("adamerging with plus_plus")
-        problem = problem._replace(tau=keep_agreeing(problem.theta0, problem.tau))
+        problem = problem._replace(tau=keep_agreeing(problem.theta0, problem.tau, plus_plus))
     groups = trees.groups(problem.theta0, mode)
     return learn(
         problem,
         coefficients(groups, problem.num_tasks, init, constraint),
-        lambda outputs: objectives.entropy(outputs.logits),
+        lambda outputs: objectives.entropy(outputs.logits, eps=entropy_eps),
         together(rows, per_task, seed),
         optax.adam(learning_rate),
         steps,

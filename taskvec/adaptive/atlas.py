@@ -19,7 +19,7 @@ import numpy as np
 
 from taskvec.adaptive import atlas_parts as parts, rows as rows_lib
 from taskvec.adaptive.fit import Loop
-from taskvec.adaptive.keep import accuracy, keep_best
+from taskvec.adaptive.keep import accuracy, keep_best, normalised
 from taskvec.adaptive.learn import Learned, Outputs, Problem, learn
 from taskvec.adaptive.registry import adaptive_method
 from taskvec.adaptive.rows import Rows
@@ -52,9 +52,9 @@ def negated(outputs: Outputs) -> jax.Array:
         summary="free coefficients by task and tensor from the cross-entropy of labelled rows",
         data="few labelled",
         released_code=(
-            "keeps the epoch of the best mean normalised accuracy on the rows it trains on (keep='best' keeps that of "
-            "the best mean accuracy); clips scaled gradients (gradient_norm=2**-16); task vectors in float16; an "
-            "epoch's last batch is a short one"
+            "keeps the epoch of the best mean normalised accuracy on the rows it trains on, from zero-shot on "
+            "(keep='best'); clips scaled gradients (gradient_norm=2**-16); task vectors in float16; an epoch's last "
+            "batch is a short one"
         ),
     ),
 )
@@ -89,7 +89,8 @@ def atlas(
       regularise: p of `atlas_parts.lp_penalty`, or ``None``.
       per_task: rows of a task in a step; published 128 over the number of tasks.
       accumulate: batches a step of the optimiser; published 2 for ViT-L/14, with half the rows each.
-      keep: ``last`` step or, of the epochs' ends, the ``best`` mean accuracy on `validation`.
+      keep: ``last`` step or, of the epochs' ends and zero-shot, the ``best`` mean of accuracies on `validation`, each
+        divided by that of the task's expert.
       validation: labelled rows; by default `rows`, as published.
       seed: of the rows drawn and of the parts.
       loop: see `fit.Loop`.
@@ -107,7 +108,9 @@ def atlas(
     pick = lambda found: found
     if keep == "best":
         watched = rows if validation is None else validation
-        loop, pick = keep_best(problem, parametrisation, watched, np.mean, length, epochs * length, loop)
+        worth = normalised(problem, watched)
+        start = worth(accuracy(problem, problem.theta0, watched))
+        loop, pick = keep_best(problem, parametrisation, watched, worth, length, epochs * length, loop, start)
     found = learn(
         problem,
         parametrisation,

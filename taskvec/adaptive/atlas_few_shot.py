@@ -3,7 +3,7 @@
 See `atlas` for the method, `selection` for a budget of task vectors, and `atlas_heads` for heads trained afterwards.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import optax
@@ -27,6 +27,14 @@ def few_shots(rows: Rows, shots: int, seed: int = 0) -> Rows:
     return rows_lib.chosen(rows, numbers)
 
 
+def few_of(rows: Rows, share: float, seed: int = 0) -> Rows:
+    """A share of every task's rows, drawn at random, at least one; with 1 the rows themselves."""
+    if share == 1:
+        return rows
+    drawn = lambda t, n: rows_lib.generator("shots", seed, t).permutation(n)[: max(int(n * share), 1)]
+    return rows_lib.chosen(rows, [drawn(t, n) for t, n in enumerate(rows.counts)])
+
+
 def epochs_of(rows: Rows, batch_size: int, least: int, seed: int = 0) -> tuple[Callable[[int], Batch], int]:
     """Batches of one task's rows, which are repeated until an epoch has more than `least`; and their number in one."""
     wanted, count = least * batch_size, rows.counts[0]
@@ -43,7 +51,7 @@ def epochs_of(rows: Rows, batch_size: int, least: int, seed: int = 0) -> tuple[C
         summary="a new task from a few labelled rows and the task vectors of other tasks, all or a chosen few",
         data="few labelled",
         released_code=(
-            "keeps the best epoch on a validation split, from zero-shot on (keep='best'); fractions of a data set in "
+            "keeps the best epoch on a validation split, from zero-shot on (keep='best'); shares of a data set in "
             "place of shots crash; clips scaled gradients; the heads trained after it never move (see atlas_heads)"
         ),
     ),
@@ -53,9 +61,11 @@ def atlas_few_shot(
     rows: Rows,
     *,
     shots: int | None = None,
+    share: float = 1.0,
     budget: int | None = None,
     select: str = "gradient",
     blockwise: bool = True,
+    pool: Sequence[np.ndarray] | None = None,
     mode: str = "tensor",
     partitions: int = 1,
     partitioned: str = "all",
@@ -78,10 +88,12 @@ def atlas_few_shot(
     Args:
       problem: a pool of T task vectors, and one head, the target's.
       rows: labelled rows of the target.
-      shots: rows a class; ``None`` takes `rows` as they are.
+      shots: rows a class; ``None`` takes all.
+      share: of all rows, at random, in place of shots (published with aTLAS x K: 0.01 to 1).
       budget: task vectors that are used; ``None`` uses all.
-      select: ``gradient`` or ``random``, see `selection`.
-      blockwise: whether every tensor chooses its own.
+      select: ``gradient``, ``feature`` or ``random``, see `selection`.
+      blockwise: whether every tensor chooses its own; by features none does.
+      pool: for ``select="feature"``, see `selection.choose_within`.
       mode, partitions, partitioned, weight_decay, gradient_norm: see `atlas`.
       epochs, learning_rate, batch_size, least_batches: as published.
       keep: ``last`` or, of the epochs' ends and zero-shot, the ``best`` accuracy on `validation` (to be given).
@@ -99,13 +111,15 @@ def atlas_few_shot(
         raise ValueError("atlas_few_shot takes one head and one set of rows, those of the target task")
     if keep not in ("last", "best") or (keep == "best" and validation is None):
         raise ValueError(f"keep={keep!r}; allowed: last, best (which needs validation rows)")
-    rows = rows if shots is None else few_shots(rows, shots, seed)
-    chosen = None
+    if not 0 < share <= 1 or (share < 1 and shots is not None):
+        raise ValueError(f"share={share} with shots={shots}: a share is in (0, 1], and 1 where shots are given")
+    rows = few_of(rows, share, seed) if shots is None else few_shots(rows, shots, seed)
+    chosen, tasks = None, problem.num_tasks
     if budget is not None:
         if mode != "tensor" or partitions > 1:
             raise ValueError("a budget goes with mode='tensor' and no partitions")
-        chosen = selection.choose_within(problem, rows, budget, select, blockwise, seed)
-        pool, problem = problem.num_tasks, problem._replace(tau=chosen.tau)
+        chosen = selection.choose_within(problem, rows, budget, select, blockwise, seed, pool)
+        problem = problem._replace(tau=chosen.tau)
     parametrisation = parts.free_coefficients(problem, mode, partitions, partitioned, seed)
     batches, length = epochs_of(rows, batch_size, least_batches, seed)
     steps, pick = epochs * length, lambda found: found
@@ -125,4 +139,4 @@ def atlas_few_shot(
     found = pick(found)
     if chosen is None:
         return found
-    return found._replace(coefficients=selection.spread_out(found.coefficients, chosen.numbers, pool))
+    return found._replace(coefficients=selection.spread_out(found.coefficients, chosen.numbers, tasks))

@@ -12,6 +12,7 @@ with one alpha a class on the cosines with the text embeddings, by full-batch gr
 data. Both follow aTLAS (arXiv 2407.02880), whose released code never calls backward here: its heads stay as they start.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -34,6 +35,16 @@ def cached(problem: Problem, params: Tree, rows: Rows, task: int = 0) -> tuple[n
     """Unit features and logits of all rows of a task under merged weights: ``[N, d], [N, C]``."""
     features = features_of(problem, params, rows, task)
     return np.asarray(normalise(jnp.asarray(features))), logits_of(problem, features, task)
+
+
+def classifier(problem: Problem, head: "TipAdapter | LinearProbe", task: int = 0) -> Callable[[np.ndarray], np.ndarray]:
+    """``features [N, d] -> logits [N, C]`` of a trained head on a task's merged features, as the model gives them."""
+
+    def logits(features_Nxd: np.ndarray) -> np.ndarray:
+        unit_Nxd = normalise(jnp.asarray(features_Nxd))
+        return np.asarray(head.logits(unit_Nxd, jnp.asarray(logits_of(problem, features_Nxd, task))))
+
+    return logits
 
 
 class TipAdapter(NamedTuple):
@@ -98,6 +109,7 @@ def tip_adapter(
         losses = optax.softmax_cross_entropy(TipAdapter(**learnables, values=frozen["y"]).logits(z, s), y)
         return losses.mean(), {}
 
+    loop.refuse("tip_adapter", pieces="there is no model in its steps")
     steps = epochs * length
     adamw = optax.adamw(optax.cosine_decay_schedule(learning_rate, max(steps, 1)), weight_decay=weight_decay)
     start = {"keys": z_Nxd, "beta": jnp.float32(beta), "alpha": jnp.float32(alpha)}

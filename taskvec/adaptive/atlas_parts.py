@@ -36,14 +36,15 @@ def free_coefficients(
       mode: of `taskvec.tree.groups`.
       partitions: K.
       partitioned: with K > 1, ``all`` tensors, or ``matrices``: others then stay at theta0, as in the released code
-        (it drops convolutions and vectors without a word). There, tensors of equal shape also share their parts.
+        (it drops convolutions and vectors without a word), and tensors of equal shape share their parts.
       seed: of the parts.
     """
     if partitioned not in ("all", "matrices"):
         raise ValueError(f"partitioned={partitioned!r}; allowed: all, matrices")
     groups = trees.groups(problem.theta0, mode)
-    made = coefficients(groups, problem.num_tasks, 0.0, "identity", partitions, seed)
-    if partitions > 1 and partitioned == "matrices":
+    as_released = partitioned == "matrices"
+    made = coefficients(groups, problem.num_tasks, 0.0, "identity", partitions, seed, shared_parts=as_released)
+    if partitions > 1 and as_released:
         combine = made.combine
         keep = lambda theta0, tau, factor: combine(theta0, tau, factor) if theta0.ndim == 2 else theta0
         made = made._replace(combine=keep)
@@ -80,5 +81,4 @@ def check_labels(rows: Rows, name: str) -> None:
 
 def check_whole(loop: Loop, name: str) -> None:
     """Raises `ValueError` if batches were to be taken in pieces."""
-    if loop.pieces != 1:
-        raise ValueError(f"{name} takes a batch as a whole: pieces must be 1, got {loop.pieces}")
+    loop.refuse(name, pieces="its loss looks across a batch")

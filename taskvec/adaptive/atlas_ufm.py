@@ -41,11 +41,18 @@ def trusted_rows(logits_NxC: np.ndarray, per_class: int | None = None) -> np.nda
 
 
 def two_streams(
-    rows: Rows, others: np.ndarray, trusted: np.ndarray, labels: np.ndarray, batch_size: int, seed: int = 0
+    rows: Rows,
+    others: np.ndarray,
+    trusted: np.ndarray,
+    labels: np.ndarray,
+    batch_size: int,
+    seed: int = 0,
+    all_trusted: bool = False,
 ) -> tuple[Callable[[int], Batch], int]:
     """Batches of 3/4 other and 1/4 trusted rows of one task, and the number of them in an epoch through the others.
 
     Batches hold ``target_label`` and ``target_trusted`` ``[B]`` beside the inputs, of which there may be two views.
+    With `all_trusted` the others count as trusted too.
     """
     minor = batch_size // 4
     major = batch_size - minor
@@ -61,7 +68,7 @@ def two_streams(
         numbers = np.concatenate(
             [part(others, 0, epoch, at, major), part(trusted, 1, step // rounds, step % rounds, minor)]
         )
-        known = np.arange(batch_size) >= major
+        known = (np.arange(batch_size) >= major) | all_trusted
         return rows.batch([numbers]) | {"target_label": labels[numbers], "target_trusted": known}
 
     return batch, length
@@ -90,7 +97,8 @@ def certain_on_strong(threshold: float) -> Callable[[Outputs], jax.Array]:
         summary="a new task from unlabelled rows and the task vectors of other tasks, by self-training on certain rows",
         data="unlabelled test",
         released_code=(
-            "marks every row as trusted, so that it trains on zero-shot labels alone; its sharpening of targets is "
+            "marks every row as trusted, so that it trains on zero-shot labels alone (all_trusted=True); its "
+            "sharpening of targets is "
             "undone by the normalisation after it; 0 / 0 where no row is certain; keeps the best epoch on labels"
         ),
     ),
@@ -101,6 +109,7 @@ def atlas_ufm(
     *,
     per_class: int | None = None,
     threshold: float = 0.99,
+    all_trusted: bool = False,
     mode: str = "tensor",
     partitions: int = 1,
     partitioned: str = "all",
@@ -121,6 +130,7 @@ def atlas_ufm(
         anew whenever a row is taken, so are its augmentations.
       per_class: trusted rows a class, see `trusted_rows`.
       threshold: on the largest probability of a target.
+      all_trusted: every row is trained on its pretrained label, as in the released code; see the card.
       mode, partitions, partitioned, weight_decay, gradient_norm: see `atlas.atlas`.
       epochs, batch_size: an epoch goes once through the rows that are not trusted.
       learning_rate: falls to 0 along a cosine.
@@ -141,7 +151,7 @@ def atlas_ufm(
     others = np.setdiff1d(np.arange(len(logits_NxC)), trusted)
     others = others if len(others) else trusted
     labels = logits_NxC.argmax(-1).astype(np.int32)
-    batches, length = two_streams(both, others, trusted, labels, batch_size, seed)
+    batches, length = two_streams(both, others, trusted, labels, batch_size, seed, all_trusted)
     parametrisation = parts.free_coefficients(problem, mode, partitions, partitioned, seed)
     rate = optax.cosine_decay_schedule(learning_rate, max(epochs * length, 1))
     return learn(

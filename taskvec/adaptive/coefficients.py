@@ -15,13 +15,13 @@ from taskvec.tree import Tree
 Array = jax.Array
 
 
-def clip01(x: Array) -> Array:
-    """``min(max(x, 0), 1)`` with gradient 1 on the closed interval [0, 1] and 0 outside.
+def clip01(x: Array, low: float = 0.0, high: float = 1.0) -> Array:
+    """``min(max(x, low), high)`` with gradient 1 on the closed interval, by default [0, 1], and 0 outside.
 
     `jnp.clip` passes no gradient at the ends themselves, where a coefficient started at 0 would stay for ever.
     """
-    inside = (x >= 0) & (x <= 1)
-    return jnp.where(inside, x, jax.lax.stop_gradient(jnp.clip(x, 0, 1)))
+    inside = (x >= low) & (x <= high)
+    return jnp.where(inside, x, jax.lax.stop_gradient(jnp.clip(x, low, high)))
 
 
 CONSTRAINTS: dict[str, Callable[[Array], Array]] = {
@@ -31,6 +31,7 @@ CONSTRAINTS: dict[str, Callable[[Array], Array]] = {
     "softmax": lambda lam: jax.nn.softmax(lam, axis=1),
     "softplus": jax.nn.softplus,
     "simplex": lambda lam: lam,  # kept there by a projection after every step
+    "clip_wide": lambda lam: clip01(lam, -0.5, 2.0),
 }
 
 
@@ -48,26 +49,32 @@ def coefficients(
     constraint: str = "clip",
     partitions: int = 1,
     seed: int = 0,
+    shared_parts: bool = False,
 ) -> Parametrisation:
     """One coefficient a task and group: ``theta_l = theta0_l + sum_t c(lam)[g(l), t] tau_{l,t}``.
 
     Args:
-      groups: from `taskvec.tree.groups`, in the layout of the parameters.
+      groups: from `taskvec.tree.groups`, in the layout of the parameters; under ``global`` all tasks share a
+        coefficient.
       num_tasks: T.
-      init: start of the learnables (before the constraint), a number or ``[G, T]``.
+      init: start of the learnables (before the constraint), a number or ``[G, T]``; ``[1, 1]`` under ``global``.
       constraint: the function c. ``clip`` clamps to [0, 1] in the forward pass (AdaMerging, arXiv 2310.02575),
-        ``identity`` leaves coefficients free (aTLAS, arXiv 2407.02880), ``tanh`` (SUPERMERGE, arXiv 2412.10416),
-        ``softmax`` over tasks, ``softplus``, ``simplex`` (non-negative, of sum 1 over the tasks: Euclidean projection
-        after every step).
+        ``clip_wide`` to [-0.5, 2], ``identity`` leaves coefficients free (aTLAS, arXiv 2407.02880), ``tanh``
+        (SUPERMERGE, arXiv 2412.10416), ``softmax`` over tasks, ``softplus``, ``simplex`` (non-negative, of sum 1 over
+        the tasks: Euclidean projection after every step); the two over tasks are not for ``global``.
       partitions: K. The entries of every tensor are split at random into K parts with a coefficient each (aTLAS x K,
         arXiv 2407.02880); which part an entry is in is computed from its position, not stored.
       seed: of the parts.
+      shared_parts: whether tensors of equal shape have equal parts, as in aTLAS's released code.
 
     Returns:
-      A `Parametrisation` whose learnables are ``{"lam": [G, T] float32}``; ``[G, T, K]`` if K > 1.
+      A `Parametrisation` whose learnables are ``{"lam": [G, T] float32}``; ``[G, T, K]`` if K > 1; with 1 for T under
+      ``global``.
     """
-    shape = (len(groups.names), num_tasks)
+    shape = (len(groups.names), 1 if groups.shared else num_tasks)
     effective(jnp.zeros(shape), constraint)  # so that an unknown name fails here
+    if groups.shared and constraint in ("softmax", "simplex"):
+        raise ValueError(f"constraint {constraint!r} is over tasks, which share one coefficient: take another mode")
     start = jnp.asarray(init, jnp.float32)
     if start.ndim and start.shape != shape:
         raise ValueError(f"init has shape {start.shape}; a number or {shape} (groups, tasks) is needed")
@@ -75,17 +82,24 @@ def coefficients(
     if partitions > 1:
         start = jnp.repeat(start[..., None], partitions, axis=-1)
 
+    def by_task(learnables: Tree) -> Array:
+        coef = effective(learnables["lam"], constraint)
+        return jnp.broadcast_to(coef, (shape[0], num_tasks, *coef.shape[2:]))
+
     def spread(learnables: Tree, key: Any = None) -> Tree:
-        coef_GxT = effective(learnables["lam"], constraint)
+        coef_GxT = by_task(learnables)
         factors = jax.tree.map(lambda ids: coef_GxT[ids], groups.ids)
         if partitions == 1:
             return factors
-        roots = jax.tree.map(lambda n: n ^ jnp.uint32(seed * 0x9E3779B1 % 2**32), tensor_numbers(groups.ids))
+        numbers = tensor_numbers(groups.ids)
+        # One root for all: a part then follows from the position alone.
+        numbers = jax.tree.map(jnp.zeros_like, numbers) if shared_parts else numbers
+        roots = jax.tree.map(lambda n: n ^ jnp.uint32(seed * 0x9E3779B1 % 2**32), numbers)
         return jax.tree.map(lambda coef, root: {"coef": coef, "root": root}, factors, roots)
 
     project = _onto_simplex if constraint == "simplex" else lambda learnables: learnables
     combine = weighted_sum if partitions == 1 else _partitioned(partitions)
-    table = lambda learnables: (groups.names, effective(learnables["lam"], constraint))
+    table = lambda learnables: (groups.names, by_task(learnables))
     return Parametrisation(lambda: {"lam": start}, spread, combine, project, table if partitions == 1 else None)
 
 

@@ -7,6 +7,7 @@ that coefficients adapt well *to* it: every step starts lam anew, moves it once 
 moves a at the lam found, without differentiating through the first move; a second stage adapts lam to one mask.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -34,8 +35,8 @@ _CARD = {
 }
 
 
-def _entropy(outputs: Outputs) -> jax.Array:
-    return objectives.entropy(outputs.logits)
+def _entropy(eps: float, outputs: Outputs) -> jax.Array:
+    return objectives.entropy(outputs.logits, eps=eps)
 
 
 @adaptive_method(
@@ -43,7 +44,10 @@ def _entropy(outputs: Outputs) -> jax.Array:
     Card(
         **_CARD,
         summary="task arithmetic under one learned mask of entries, shared by all tasks",
-        released_code="masks leftovers of the text tower as well; FusionBench: trainable parameters only, no clamp",
+        released_code=(
+            "masks leftovers of the text tower as well; FusionBench: trainable parameters only, no clamp, "
+            "entropy_eps=1e-8"
+        ),
     ),
 )
 def concrete_task_arithmetic(
@@ -57,6 +61,7 @@ def concrete_task_arithmetic(
     steps: int = 2000,
     learning_rate: float = 1e-3,
     per_task: int = 16,
+    entropy_eps: float = 0.0,
     seed: int = 0,
     loop: Loop = Loop(),
 ) -> Learned:
@@ -73,6 +78,7 @@ def concrete_task_arithmetic(
       steps: of Adam (betas 0.9, 0.999).
       learning_rate: of Adam.
       per_task: rows of a task in a step; tasks go through their rows in epochs.
+      entropy_eps: see `objectives.entropy`.
       seed: of the rows and masks drawn.
       loop: see `fit.Loop`.
 
@@ -85,7 +91,8 @@ def concrete_task_arithmetic(
     masked = lambda mask: concrete(base, problem.theta0, temperature, mask, mask_init)
     batches, adam = cyclic(rows, per_task, seed), optax.adam(learning_rate)
     final = masked(eval_mask)
-    return learn(problem, masked("sample"), _entropy, batches, adam, steps, final=final, seed=seed, loop=loop)
+    objective = functools.partial(_entropy, entropy_eps)
+    return learn(problem, masked("sample"), objective, batches, adam, steps, final=final, seed=seed, loop=loop)
 
 
 @adaptive_method(
@@ -95,8 +102,9 @@ def concrete_task_arithmetic(
         summary="AdaMerging under a mask of entries that is learned so that coefficients adapt well to it",
         released_code=(
             "the first move of the coefficients is by the gradient at the model of the step before (they are reset, "
-            "the merged weights are not: stale_gradient=True); rows come in one fixed order. FusionBench: the same, "
-            "one draw of the mask for both moves (fresh_mask=False), constraint='identity', steps=1000"
+            "the merged weights are not: stale_gradient=True); rows come in one fixed order. FusionBench: so as well "
+            "(stale_gradient=True), and one draw of the mask for both moves (fresh_mask=False), "
+            "constraint='identity', entropy_eps=1e-8, steps=1000"
         ),
     ),
 )
@@ -111,6 +119,7 @@ def concrete_adamerging(
     mask_init: float = 0.0,
     fresh_mask: bool = True,
     stale_gradient: bool = False,
+    keep_moments: bool = True,
     eval_mask: str = "sample",
     steps: int = 2000,
     learning_rate: float = 1e-3,
@@ -118,13 +127,15 @@ def concrete_adamerging(
     coefficient_steps: int = 1000,
     coefficient_learning_rate: float = 1e-3,
     per_task: int = 16,
+    entropy_eps: float = 0.0,
     seed: int = 0,
     loop: Loop = Loop(),
 ) -> Learned:
     """Learns the mask, then coefficients under one mask, on unlabelled rows.
 
-    The inner Adam keeps its moments from step to step, although the coefficients start anew; with a rate of 1 its first
-    move is +-1. The second stage starts them anew, with an Adam of their own, under the mask of the resulting model.
+    The inner Adam keeps its moments from step to step, although the coefficients start anew, as in all code that was
+    released; with a rate of 1 its first move is +-1. The second stage starts them anew, with an Adam of their own,
+    under the mask of the resulting model.
 
     Args:
       problem: what is merged.
@@ -136,12 +147,14 @@ def concrete_adamerging(
       fresh_mask: whether the mask is drawn anew for the second move of a step.
       stale_gradient: whether the first move of a step is by the gradient at the coefficients of the step before
         (released code), not at those that it starts from.
+      keep_moments: False lets the inner Adam start anew as the coefficients do. Then every move is +-1 times its rate.
       steps: of Adam on the mask. After them the coefficients are those of the last inner move.
       learning_rate: of that Adam.
       inner_learning_rate: of the inner Adam on the coefficients.
       coefficient_steps: of the second stage; 0 for none.
       coefficient_learning_rate: of its Adam.
       per_task: rows of a task in a batch; tasks go through their rows in epochs.
+      entropy_eps: see `objectives.entropy`.
       seed: of the rows and masks drawn.
       loop: see `fit.Loop`; steps of both stages are counted through.
 
@@ -155,14 +168,16 @@ def concrete_adamerging(
     masked = lambda mask: concrete(base, problem.theta0, temperature, mask, mask_init)
     final = masked(eval_mask)
     rates = inner_learning_rate, coefficient_learning_rate
-    under_final = make_loss(problem, final, _entropy)
-    stages = _two_stages(base.init(), steps, *rates, fresh_mask, stale_gradient, under_final, jax.random.key(seed))
+    objective = functools.partial(_entropy, entropy_eps)
+    under_final = make_loss(problem, final, objective)
+    how = fresh_mask, stale_gradient, keep_moments
+    stages = _two_stages(base.init(), steps, *rates, *how, under_final, jax.random.key(seed))
     optimiser, batches = _outer(learning_rate, steps), _pairs(cyclic(rows, per_task, seed), steps)
     total = steps + coefficient_steps
     return learn(
         problem,
         masked("sample"),
-        _entropy,
+        objective,
         batches,
         optimiser,
         total,
@@ -200,6 +215,7 @@ def _two_stages(
     second_rate: float,
     fresh: bool,
     stale: bool,
+    keep: bool,
     final_loss: LossFn,
     mask_key: jax.Array,
 ) -> Callable[[LossFn], Gradient]:
@@ -214,7 +230,7 @@ def _two_stages(
         def first_stage(memory, base, mask, frozen, batch, key):
             key_in, key_out = jax.random.split(key)
             _, g = by_base(base if stale else start, mask, frozen, batch["inner"], key_in)
-            updates, state = inner.update(g, memory["inner"], start)
+            updates, state = inner.update(g, memory["inner"] if keep else inner.init(start), start)
             found = optax.apply_updates(start, updates)
             (loss, metrics), g = by_mask(found, mask, frozen, batch["outer"], key_out if fresh else key_in)
             return loss, metrics, found, g, memory | {"inner": state}

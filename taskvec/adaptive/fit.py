@@ -91,7 +91,8 @@ class Loop(NamedTuple):
         None, such as `taskvec.io.checkpoints.Checkpoint`.
       on_start: called with the number of steps, before the first.
       on_chunk: called with (steps done, metrics of the chunk ``{name: [n, ...]}``), one chunk late.
-      evaluate: see `Evaluate`; what it gives is in `FitResult.evaluations`. A resumed run evaluates what is left.
+      evaluate: see `Evaluate`; what it gives is in `FitResult.evaluations`. A resumed run evaluates where it resumes,
+        where that is due, and what is left.
       place: on several devices, see `taskvec.adaptive.mesh`.
       pieces: a step takes its batch in that many pieces, each with a part of every task's rows, one after the other,
         and averages their gradients: the memory of activations is divided, the merge repeated. Equal to one piece but
@@ -105,6 +106,12 @@ class Loop(NamedTuple):
     evaluate: Evaluate | None = None
     place: Placement | None = None
     pieces: int = 1
+
+    def refuse(self, name: str, **why: str) -> None:
+        """Raises `ValueError` if a field is set that method `name` cannot heed: the fields, and why it cannot."""
+        for field, reason in why.items():
+            if getattr(self, field) != Loop._field_defaults[field]:
+                raise ValueError(f"{name} takes no Loop({field}=...): {reason}. Leave it out")
 
     def watch(self) -> dict[str, Any]:
         """What the runner of `make_fit` takes of it."""
@@ -192,9 +199,22 @@ def make_fit(
         if saved:
             start, state = saved[0], copied(*saved[1]["state"])
             record.history = {name: np.array(x) for name, x in saved[1]["history"].items()}
-        del saved
         state = state if place is None else place.state(state)
-        for first, count, stacked in _chunks(batches, start, steps, chunk, evaluate.every if evaluate else steps):
+
+        def ended(done: int) -> bool:
+            """Evaluates where that is due; whether the run ends there."""
+            if evaluate is None or not (done == steps or done % evaluate.every == 0):
+                return False
+            record.flush()  # first, so that no diverged model is evaluated
+            evaluations[done] = evaluate.call(done, state.learnables)
+            if stop := evaluate.stop is not None and evaluate.stop(evaluations[done]):
+                record.history = {name: x[:done] for name, x in record.history.items()}
+            return stop
+
+        # It may have been killed before or after it was evaluated there, and may have ended there.
+        steps_left = steps if not (saved and ended(start)) else start
+        del saved
+        for first, count, stacked in _chunks(batches, start, steps_left, chunk, evaluate.every if evaluate else steps):
             stacked = stacked if place is None else place.batches(stacked)
             state, metrics = advance(state, frozen, stacked, key, np.uint32(first), np.int32(count))
             record.add(first, count, metrics)
@@ -202,12 +222,8 @@ def make_fit(
             if checkpoint is not None and (done == steps or checkpoint.should_save(done)):
                 record.flush()  # first, so that no checkpoint holds a diverged state
                 checkpoint.save(done, {"state": state, "history": record.history})
-            if evaluate is not None and (done == steps or done % evaluate.every == 0):
-                record.flush()  # first, so that no diverged model is evaluated
-                evaluations[done] = evaluate.call(done, state.learnables)
-                if evaluate.stop is not None and evaluate.stop(evaluations[done]):
-                    record.history = {name: x[:done] for name, x in record.history.items()}
-                    break
+            if ended(done):
+                break
         record.flush()
         return FitResult(state.learnables, state.opt_state, record.history, evaluations)
 

@@ -6,10 +6,12 @@ cross-entropy at the merged weights chooses the vertex that it points away from 
     k* = argmin_k sum_l cos(g_l, s_{k,l})        (l: tensors; the classical oracle has inner products for cosines)
 
 *Hard*: one vertex for the mean loss of all tasks, ``theta <- theta + eta_i (s_k* - theta)``, ``eta_i = scale step_size
-2 / (i + 2)``. *Soft*: for every task the vertex that its own loss asks for, no vertex twice in a round; then AdaMerging
-over the chosen ones from the current weights, ``theta <- theta + sum_j lam_{l,j} (s_j - theta)``.
+2 / (i + 2)``; or a TIES merge in its place, see `fw_ties`. *Soft*: for every task the vertex that its own loss asks
+for, no vertex twice in a round; then AdaMerging over the chosen ones from the current weights, ``theta <- theta + sum_j
+lam_{l,j} (s_j - theta)``.
 
-What is merged is always ``theta0 + sum_k c_{l,k} tau_k``: the result has a table of coefficients over the pool.
+But for TIES, what is merged is always ``theta0 + sum_k c_{l,k} tau_k``: the result has a table of coefficients over
+the pool.
 """
 
 import functools
@@ -21,7 +23,7 @@ import numpy as np
 import optax
 
 from taskvec import tree as trees
-from taskvec.adaptive import objectives
+from taskvec.adaptive import fw_ties, objectives
 from taskvec.adaptive.coefficients import coefficients
 from taskvec.adaptive.fit import Loop, make_fit
 from taskvec.adaptive.fw_oracle import GRANULARITIES, MEASURES, POINTS, lowest, proxy, scores
@@ -33,6 +35,7 @@ from taskvec.transforms.base import check_choice
 from taskvec.tree import Tree
 
 Array = jax.Array
+MERGES = ("task_arithmetic", "ties")
 
 
 def _check(problem: Problem, rows: Rows, granularity: str, point: str, measure: str, loop: Loop) -> None:
@@ -45,8 +48,8 @@ def _check(problem: Problem, rows: Rows, granularity: str, point: str, measure: 
     check_choice("granularity", granularity, GRANULARITIES)
     check_choice("point", point, POINTS)
     check_choice("measure", measure, MEASURES)
-    if loop.checkpoint is not None:
-        raise ValueError("Frank-Wolfe merging goes round by round and cannot resume: leave out the checkpoint")
+    why = "it goes round by round"
+    loop.refuse("Frank-Wolfe merging", checkpoint=why, evaluate=why, pieces=why)
 
 
 _CARD = {
@@ -63,9 +66,10 @@ _CARD = {
         summary="step by step towards the one model of a pool that a labelled gradient asks for",
         data="few labelled",
         released_code=(
-            "these defaults are FusionBench's for ViT. For RoBERTa: granularity='tensor', step_size=1, and every step "
-            "is a TIES merge (mask .7, scaling .9; with task arithmetic scale=.29), which is not here; whether its "
-            "pool holds weights or vectors is not clear. A tensor whose gradient is 0 gives it NaN, here 0"
+            "these defaults are FusionBench's for ViT. For RoBERTa: granularity='tensor', step_size=1, scale=.29, "
+            "start=.29, or TIES (merge='ties', scale=.9, start=.9); it takes a step towards tensors of zeros where no "
+            "vertex is good, here towards the pretrained ones and with point='vectors' alone. A tensor whose gradient "
+            "is 0 gives it NaN, here 0"
         ),
     ),
 )
@@ -74,6 +78,8 @@ def fw_hard(
     rows: Rows,
     *,
     rounds: int = 10,
+    merge: str = "task_arithmetic",
+    density: float = 0.3,
     scale: float = 0.3,
     step_size: float = 0.1,
     start: float = 0.3,
@@ -93,45 +99,58 @@ def fw_hard(
       problem: what is merged: T task vectors are the pool, heads are of the S tasks that the rows belong to.
       rows: labelled, of S tasks.
       rounds: number of steps.
+      merge: how weights begin, and go to a vertex: ``task_arithmetic`` or ``ties``, see `fw_ties`.
+      density: fraction of the entries that TIES keeps.
       scale, step_size: ``eta_i = scale * step_size * 2 / (i + 2)``.
-      start: coefficient of every task vector at the start; 0 is the pretrained model.
+      start: coefficient of every task vector at the start, or of their TIES merge; 0 is the pretrained model.
       granularity: one vertex for the ``model``, or one for each ``tensor``; then, with ``point="vectors"``, a tensor
         that no vertex is good for (all scores above 0) goes towards the pretrained one.
       point, measure: see `aligned`. The classical oracle is ``inner``, for which both points say the same.
       shots: rows of a task, drawn anew in every round.
       batch_size: rows at once; no result depends on it but by rounding.
       seed: of the rows drawn.
-      loop: of `on_chunk`, called after every round.
+      loop: of `on_start` and `on_chunk`, called after every round.
 
     Returns:
-      `Learned` with coefficients of every tensor ``[G, T]``; ``loss`` ``[rounds]`` before each step, and ``chosen``
-      ``[rounds, G]``: the vertex, T for the start, T + 1 for the pretrained model.
+      `Learned` with coefficients of every tensor ``[G, T]``, but with TIES; ``loss`` ``[rounds]`` before each step, and
+      ``chosen`` ``[rounds, G]``: the vertex, T for the start, T + 1 for the pretrained model.
 
     Raises:
-      ValueError: rows without labels; numbers of tasks do not fit; unknown choice.
+      ValueError: rows without labels; numbers of tasks do not fit; unknown choice; a loop with what is not heeded.
     """
     _check(problem, rows, granularity, point, measure, loop)
+    check_choice("merge", merge, MERGES)
+    loop.refuse("fw_hard", place="its batches are not placed")
     at, num_tasks = functools.partial(proxy, problem, rows, shots, batch_size, seed), problem.num_tasks
     groups = trees.groups(problem.theta0, "tensor")
     table = np.full((len(groups.names), num_tasks), start)
     vertices = np.concatenate([np.eye(num_tasks), table[:1], np.zeros((1, num_tasks))])
-    merge = _merger(problem, groups)
-    params = merge(table)
+    merged = _merger(problem, groups)
+    params = begin = merged(table) if merge == "task_arithmetic" else fw_ties.first(problem, start, density)
     first = jax.tree.map(lambda a, b: a - b, params, problem.theta0)
     history: dict[str, list] = {"loss": [], "chosen": []}
+    if loop.on_start is not None:
+        loop.on_start(rounds)
     for i in range(rounds):
         loss, grads = at(params, range(len(rows.counts)), i)
         found = scores(problem, grads, point, measure, first)
         if granularity == "tensor" and point == "vectors":
             found = np.concatenate([found, np.zeros_like(found[:1])])
         chosen = lowest(found, granularity)
-        table += scale * step_size * 2 / (i + 2) * (vertices[chosen] - table)
-        params = merge(table)
+        eta = scale * step_size * 2 / (i + 2)
+        if merge == "ties":
+            pool = merged(vertices[chosen])
+            params = fw_ties.stepped(params, pool, begin, groups.ids, chosen == num_tasks, eta, density)
+        else:
+            table += eta * (vertices[chosen] - table)
+            params = merged(table)
         history["loss"].append(np.float32(loss))
         history["chosen"].append(chosen)
         if loop.on_chunk is not None:
             loop.on_chunk(i + 1, {"loss": np.array([loss], np.float32)})
     found = {name: np.array(x) for name, x in history.items()}
+    if merge == "ties":
+        return Learned(params, {}, found)
     return Learned(params, {}, found, table.astype(np.float32), groups.names)
 
 
@@ -147,7 +166,7 @@ def _merger(problem: Problem, groups: trees.Groups) -> Callable[[np.ndarray], Tr
         **_CARD,
         summary="rounds of AdaMerging over the models of a pool that labelled gradients ask for, one a task",
         data="few labelled",
-        released_code="as here (FusionBench's fw_soft); coefficients are not clamped, its entropy is of log(p + 1e-8)",
+        released_code="as here (FusionBench's fw_soft); coefficients are not clamped, entropy_eps=1e-8",
     ),
 )
 def fw_soft(
@@ -167,6 +186,7 @@ def fw_soft(
     later_init: float = 1e-8,
     learning_rate: float = 1e-3,
     per_task: int = 16,
+    entropy_eps: float = 0.0,
     seed: int = 0,
     loop: Loop = Loop(),
 ) -> Learned:
@@ -185,8 +205,9 @@ def fw_soft(
       later_init: of the others.
       learning_rate: of Adam.
       per_task: rows of a task in a step.
+      entropy_eps: see `objectives.entropy`.
       seed: of the rows drawn.
-      loop: of `chunk`, `on_chunk` (steps count on from round to round) and `place`.
+      loop: see `fit.Loop`; steps count on from round to round. Not `checkpoint`, `evaluate` and `pieces`.
 
     Returns:
       `Learned` with coefficients of every tensor over the pool ``[G, T]``; ``loss`` ``[rounds * steps]``, ``proxy``
@@ -204,11 +225,13 @@ def fw_soft(
     groups = trees.groups(problem.theta0, "tensor")
     count = min(len(rows.counts), problem.num_tasks)
     parametrisation = coefficients(groups, count, init, "identity")
-    loss_fn = make_loss(problem, parametrisation, functools.partial(_task_losses, objective))
+    loss_fn = make_loss(problem, parametrisation, functools.partial(_task_losses, objective, entropy_eps))
     fit = make_fit(loss_fn, optax.adam(learning_rate), chunk=loop.chunk)
     heads, merge = problem.heads._replace(scale=jnp.float32(problem.heads.scale)), _merger(problem, groups)
     table = np.zeros((len(groups.names), problem.num_tasks))
     history: dict[str, list] = {"loss": [], "proxy": [], "chosen": []}
+    if loop.on_start is not None:
+        loop.on_start(rounds * steps)
     for i in range(rounds):
         params = merge(table)
         losses, chosen = _one_a_task(problem, at, params, count, i, granularity, point, measure)
@@ -231,9 +254,9 @@ def fw_soft(
     return Learned(merge(table), {}, found, table.astype(np.float32), groups.names)
 
 
-def _task_losses(objective: str, outputs: Outputs) -> Array:
+def _task_losses(objective: str, eps: float, outputs: Outputs) -> Array:
     if objective == "entropy":
-        return objectives.entropy(outputs.logits)
+        return objectives.entropy(outputs.logits, eps=eps)
     return objectives.cross_entropy(outputs.logits, outputs.batch["label"])
 
 

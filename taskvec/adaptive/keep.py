@@ -17,7 +17,7 @@ from taskvec.adaptive.fit import Evaluate, Loop
 from taskvec.adaptive.learn import Learned, Problem, with_table
 from taskvec.adaptive.parametrisation import Parametrisation
 from taskvec.adaptive.rows import Rows
-from taskvec.adaptive.teachers import features_of
+from taskvec.adaptive.teachers import expert, features_of
 from taskvec.training import heads as heads_lib
 from taskvec.tree import Tree
 
@@ -36,11 +36,25 @@ def accuracy(problem: Problem, params: Tree, rows: Rows, batch_size: int = 64) -
     Raises:
       ValueError: the rows have no labels.
     """
+    return _accuracies(problem, lambda task: params, rows, batch_size)
+
+
+def normalised(problem: Problem, rows: Rows) -> Callable[[np.ndarray], float]:
+    """``accuracies [T] -> mean_t a_t / a*_t``, a*_t that of the task's own expert ``theta0 + tau_t`` on these rows.
+
+    A task whose expert gets no row right counts with a_t. Every expert passes its rows once.
+    """
+    own_T = _accuracies(problem, lambda task: expert(problem, task), rows, 64)
+    own_T = np.where(own_T > 0, own_T, 1.0)
+    return lambda found_T: float(np.mean(found_T / own_T))
+
+
+def _accuracies(problem: Problem, params: Callable[[int], Tree], rows: Rows, batch_size: int) -> np.ndarray:
     if rows.labels is None:
         raise ValueError("accuracy needs labelled rows")
     each = []
     for task, labels in enumerate(rows.labels):
-        logits_NxC = logits_of(problem, features_of(problem, params, rows, task, batch_size), task)
+        logits_NxC = logits_of(problem, features_of(problem, params(task), rows, task, batch_size), task)
         each.append(np.mean(logits_NxC.argmax(-1) == labels))
     return np.array(each)
 
@@ -74,8 +88,7 @@ def keep_best(
     Raises:
       ValueError: the loop has a checkpoint.
     """
-    if loop.checkpoint is not None:
-        raise ValueError("a run that keeps its best step cannot resume: leave out the checkpoint or keep the last")
+    loop.refuse("a run that keeps its best step (keep='best')", checkpoint="it cannot resume")
     best = {"worth": start, "learnables": parametrisation.init(), "kept": 0}
     theirs = loop.evaluate
 

@@ -4,7 +4,7 @@ The rows of all tasks pass the encoder as one batch, on weights that are merged 
 tasks' own. A published method is a short file that chooses the parts and calls `learn`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -105,6 +105,7 @@ class Learned(NamedTuple):
       evaluations: see `fit.FitResult`.
       merged: where `params` alone are not the result, the `taskvec.modular.results.Merged` that `evaluate` takes.
       kept: where the result is not that of the last step but the best on validation rows: the steps done there.
+      method, settings: which method gave this, with all its settings; filled in by the registry.
     """
 
     params: Tree
@@ -116,6 +117,8 @@ class Learned(NamedTuple):
     evaluations: dict[int, Any] | None = None
     merged: Any = None
     kept: int | None = None
+    method: str = ""
+    settings: Mapping[str, Any] = {}
 
 
 def with_table(found: Learned, parametrisation: Parametrisation) -> Learned:
@@ -257,8 +260,8 @@ def learn(
         a `gradient` that is not the plain one.
       FitDiverged: see `fit.fit`.
     """
-    if loop.pieces > 1 and gradient is not plain_gradient:
-        raise ValueError(f"this method's gradient takes a batch as a whole: pieces must be 1, got {loop.pieces}")
+    if gradient is not plain_gradient:
+        loop.refuse("a method with a gradient of its own", pieces="it takes a batch as a whole")
     loss_fn = make_loss(problem, parametrisation, objective, penalty=penalty, **options)
     project = lambda learnables: learnables | {"merge": parametrisation.project(learnables["merge"])}
     gradient_ = gradient(loss_fn)

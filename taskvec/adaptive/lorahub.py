@@ -86,6 +86,16 @@ def by_evolution(bound: float, sigma: float, at_once: int = 1):
     return make
 
 
+def side_by_side(theta0: Tree) -> int:
+    """Points whose merged models are evaluated at the same time, by default.
+
+    On CPU one: its cores are busy with one, and memory would grow. Elsewhere, where a few rows fill no device, as many
+    as hold 4 GiB of merged weights together, at least one: 12 of ViT-B/32, which is a whole generation of 20 modules.
+    """
+    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(theta0))
+    return 1 if jax.default_backend() == "cpu" else max(2**32 // held, 1)
+
+
 @adaptive_method(
     "lorahub",
     Card(
@@ -109,7 +119,7 @@ def lorahub(
     regularise: float = 0.05,
     factors: bool = True,
     sigma: float = 0.25,
-    at_once: int = 1,
+    at_once: int | None = None,
     seed: int = 0,
     loop: Loop = Loop(),
 ) -> Learned:
@@ -126,7 +136,7 @@ def lorahub(
       regularise: factor of ``mean_t |w_t|``.
       factors: whether the factors of low-rank task vectors are summed, as published, or their products.
       sigma: initial step, as a fraction of the box (our choice).
-      at_once: points evaluated side by side; memory grows with it.
+      at_once: points evaluated side by side, see `side_by_side` for the default; memory grows with it.
       seed: of the samples.
       loop: see `fit.Loop`.
 
@@ -152,7 +162,7 @@ def lorahub(
         optax.sgd(1.0),
         generations,
         penalty=lambda learnables: regularise * jnp.abs(learnables["lam"]).mean(),
-        gradient=by_evolution(bound, sigma, at_once),
+        gradient=by_evolution(bound, sigma, side_by_side(problem.theta0) if at_once is None else at_once),
         seed=seed,
         loop=loop,
     )

@@ -30,20 +30,30 @@ def _finite(logp: Array) -> Array:
     return jnp.where(logp > _IMPOSSIBLE, logp, 0.0)
 
 
-def entropy(logits_TxBxC: Array, weight_TxB: Array | None = None) -> Array:
-    """Mean Shannon entropy of the predictions, ``-sum_c p_c log p_c`` in nats: ``[T, B, C] -> [T]``.
+def entropy(logits_TxBxC: Array, weight_TxB: Array | None = None, eps: float = 0.0) -> Array:
+    """Mean Shannon entropy of the predictions, ``-sum_c p_c log(p_c + eps)`` in nats: ``[T, B, C] -> [T]``.
 
-    AdaMerging's objective (arXiv 2310.02575, eq. 5). Computed from log-softmax; FusionBench adds 1e-8 inside the
-    logarithm instead.
+    AdaMerging's objective (arXiv 2310.02575, eq. 5), without `eps` computed from log-softmax. FusionBench has
+    ``eps=1e-8``, which takes the gradient from classes less probable than that.
     """
     logp = log_probabilities(logits_TxBxC)
-    return _mean_rows(-(jnp.exp(logp) * _finite(logp)).sum(-1), weight_TxB)
+    p = jnp.exp(logp)
+    return _mean_rows(-(p * (jnp.log(p + eps) if eps else _finite(logp))).sum(-1), weight_TxB)
 
 
-def cross_entropy(logits_TxBxC: Array, labels_TxB: Array, weight_TxB: Array | None = None) -> Array:
-    """Mean of ``-log p[label]`` in nats: ``[T, B, C], [T, B] -> [T]``."""
+def cross_entropy(
+    logits_TxBxC: Array, labels_TxB: Array, weight_TxB: Array | None = None, smoothing: float = 0.0
+) -> Array:
+    """Mean of ``-log p[label]`` in nats: ``[T, B, C], [T, B] -> [T]``.
+
+    With `smoothing` e it is ``(1 - e) (-log p[label]) + e mean_c(-log p_c)`` (arXiv 1512.00567, section 7).
+    """
     logp = log_probabilities(logits_TxBxC)
-    return _mean_rows(-jnp.take_along_axis(logp, labels_TxB[..., None], axis=-1)[..., 0], weight_TxB)
+    losses_TxB = -jnp.take_along_axis(logp, labels_TxB[..., None], axis=-1)[..., 0]
+    if smoothing:
+        uniform_TxB = -_finite(logp).sum(-1) / (logp > _IMPOSSIBLE).sum(-1)
+        losses_TxB = (1 - smoothing) * losses_TxB + smoothing * uniform_TxB
+    return _mean_rows(losses_TxB, weight_TxB)
 
 
 def pseudo_label(logits_TxBxC: Array, teacher_TxBxC: Array, weight_TxB: Array | None = None) -> Array:
@@ -81,7 +91,7 @@ def kl(logits_TxBxC: Array, teacher_TxBxC: Array, temperature: float = 1.0, weig
 def jensen_shannon(logits_TxBxC: Array, teacher_TxBxC: Array, weight_TxB: Array | None = None) -> Array:
     """``KL(p || m) / 2 + KL(q || m) / 2`` with ``m = (p + q) / 2``, at most log 2 (DivMerge, arXiv 2509.02108).
 
-    The mean is one of probabilities; SAMerging's released code averages logits instead.
+    The mean is one of probabilities; see `mean_logit_divergence` for SAMerging's released code.
     """
     logp, logq = (log_probabilities(x) for x in (logits_TxBxC, teacher_TxBxC))
     # Bounded: the gradient of log(exp(-inf) + exp(-inf)) is NaN.
@@ -89,6 +99,18 @@ def jensen_shannon(logits_TxBxC: Array, teacher_TxBxC: Array, weight_TxB: Array 
     p, q = jnp.exp(logp), jnp.exp(logq)
     both = p * (_finite(logp) - _finite(logm)) + q * (_finite(logq) - _finite(logm))
     return _mean_rows(0.5 * both.sum(-1), weight_TxB)
+
+
+def mean_logit_divergence(logits_TxBxC: Array, teacher_TxBxC: Array, weight_TxB: Array | None = None) -> Array:
+    """``KL(p || m) + KL(q || m)`` with m the softmax of averaged logits: SAMerging's released 'jsd' (2512.21288).
+
+    No Jensen-Shannon divergence: m is the normalised geometric mean of p and q, there is no factor of a half, and no
+    bound.
+    """
+    logp, logq = (log_probabilities(x) for x in (logits_TxBxC, teacher_TxBxC))
+    logm = log_probabilities((_finite(logp) + _finite(logq)) / 2 + jnp.where(logp > _IMPOSSIBLE, 0.0, 2 * _IMPOSSIBLE))
+    both = jnp.exp(logp) * (_finite(logp) - _finite(logm)) + jnp.exp(logq) * (_finite(logq) - _finite(logm))
+    return _mean_rows(both.sum(-1), weight_TxB)
 
 
 def l1(features_TxBxd: Array, target_TxBxd: Array, weight_TxB: Array | None = None) -> Array:

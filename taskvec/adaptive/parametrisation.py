@@ -5,7 +5,6 @@ stacked leaf); then every tensor is merged on its own. That is what lets `merged
 inside a model's scan.
 """
 
-import dataclasses
 import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,33 +15,11 @@ from jax.custom_derivatives import SymbolicZero
 
 from taskvec import tree as trees
 from taskvec.tree import Tree
+from taskvec.vectors import LowRank
 
 Array = jax.Array
 
 UNROLL = 32  # most tasks summed by an unrolled loop; beyond, program size outweighs what the fusion saves
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LowRank:
-    """T task vectors of a matrix as products that are never made: ``tau_t = up_t @ down_t`` (LoRA, truncated SVD).
-
-    Attributes:
-      up: ``[T, m, r]``, ``[L, T, m, r]`` for a stacked leaf.
-      down: ``[T, r, n]``, ``[L, T, r, n]``.
-    """
-
-    up: Array
-    down: Array
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the task vectors that the products stand for."""
-        return (*self.up.shape[:-1], self.down.shape[-1])
-
-    @property
-    def ndim(self) -> int:
-        return self.up.ndim
 
 
 class Parametrisation(NamedTuple):

@@ -173,20 +173,21 @@ def prodistill(
       batch_size: rows of all tasks in a step.
       learning_rate: of Adam.
       seed: of the rows drawn and their order.
-      loop: of `chunk`, `on_chunk` (steps count on from block to block) and `place`; a checkpoint is of no use.
+      loop: see `fit.Loop`; steps count on from block to block. Not `checkpoint`, `evaluate` and `pieces`.
 
     Returns:
       `Learned` with the loss of every step ``[L * steps]``; with ``mode`` tensor or task, coefficients of all tensors
       ``[G, T]``. Coefficients an entry are as large as the task vectors and are not kept.
 
     Raises:
-      ValueError: unknown mode; the model has no blocks or several stacks; rows are packed sentences.
+      ValueError: unknown mode; the model has no blocks or several stacks; rows are packed sentences; a loop with what
+        is not heeded.
       FitDiverged: see `fit.fit`.
     """
     if not problem.scanned:
         raise ValueError("prodistill runs single blocks: it needs a model with scanned=True")
-    if loop.checkpoint is not None:
-        raise ValueError("prodistill fits block after block and cannot resume: leave out the checkpoint")
+    why = "it fits block after block"
+    loop.refuse("prodistill", checkpoint=why, evaluate=why, pieces="it sums over the rows of a batch")
     problem.check_not_linear("prodistill")
     path, num_tasks = blocks.stack_of(problem.theta0), problem.num_tasks
     if len(rows.counts) != num_tasks:

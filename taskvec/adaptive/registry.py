@@ -32,14 +32,16 @@ class AdaptiveMethod:
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in NOT_SETTINGS}
 
     def __call__(self, problem: Any, rows: Any, **settings: Any) -> Learned:
-        """Runs the method; raises `ValueError` for a setting it does not have."""
+        """Runs the method, and notes in the result how; raises `ValueError` for a setting it does not have."""
         known = (*self.defaults, *NOT_SETTINGS)
         unknown = sorted(settings.keys() - set(known))
         if unknown:
             allowed = ", ".join(f"{k}={v!r}" for k, v in self.defaults.items()) or "none"
             hint = did_you_mean(unknown[0], known)
             raise ValueError(f"{self.name} has no setting {', '.join(map(repr, unknown))}{hint}; it has {allowed}")
-        return self.run(problem, rows, **settings)
+        given = {name: value for name, value in settings.items() if name not in NOT_SETTINGS}
+        found = self.run(problem, rows, **settings)
+        return found._replace(method=self.name, settings={**self.defaults, **given})
 
 
 def adaptive_method(name: str, card: Card) -> Callable[[Callable[..., Learned]], AdaptiveMethod]:

@@ -5,6 +5,9 @@
 with predictions softened by a temperature; the inner maximum is SAM's (arXiv 2010.01412), in the space of coefficients.
 """
 
+from collections.abc import Callable
+
+import jax
 import numpy as np
 import optax
 
@@ -12,12 +15,25 @@ from taskvec import tree as trees
 from taskvec.adaptive import objectives
 from taskvec.adaptive.coefficients import coefficients
 from taskvec.adaptive.fit import Loop
-from taskvec.adaptive.learn import Learned, Problem, learn
+from taskvec.adaptive.learn import Learned, Outputs, Problem, learn
 from taskvec.adaptive.optimisers import sharpness_aware
 from taskvec.adaptive.registry import adaptive_method
 from taskvec.adaptive.rows import Rows, cyclic
 from taskvec.adaptive.teachers import with_targets
 from taskvec.merging.registry import Card
+from taskvec.transforms.base import check_choice
+
+OBJECTIVES = ("kl", "jsd", "cross_entropy", "entropy")
+
+
+def objective_of(name: str, temperature: float) -> Callable[[Outputs], jax.Array]:
+    """One of `OBJECTIVES`, of all tasks."""
+    return {
+        "kl": lambda outputs: objectives.kl(outputs.logits, outputs.target_logits, temperature),
+        "jsd": lambda outputs: objectives.mean_logit_divergence(outputs.logits, outputs.target_logits),
+        "cross_entropy": lambda outputs: objectives.pseudo_label(outputs.logits, outputs.target_logits),
+        "entropy": lambda outputs: objectives.entropy(outputs.logits),
+    }[name]
 
 
 @adaptive_method(
@@ -30,8 +46,8 @@ from taskvec.merging.registry import Card
         data="unlabelled test",
         released_code=(
             "does not merge at the perturbed coefficients, so that SAM has no effect (rho=0 reproduces it), and asks "
-            "for its adaptive form (adaptive=True); ten epochs over the same 100 batches; its 'jsd' is of averaged "
-            "logits, not offered here"
+            "for its adaptive form (adaptive=True); ten epochs over the same 100 batches; has other losses as well, "
+            "of which 'jsd' takes the mean of logits, not of probabilities (objective='jsd')"
         ),
     ),
 )
@@ -39,6 +55,7 @@ def samerging(
     problem: Problem,
     rows: Rows,
     *,
+    objective: str = "kl",
     temperature: float = 2.0,
     rho: float = 0.07,
     adaptive: bool = False,
@@ -57,7 +74,9 @@ def samerging(
     Args:
       problem: what is merged.
       rows: unlabelled; with ``target_features`` of the experts (`teachers.with_targets`), or they are made here.
-      temperature: of both predictions; the loss has no factor of its square.
+      objective: ``kl``, the paper's; ``jsd`` (`objectives.mean_logit_divergence`), ``cross_entropy`` to the experts'
+        classes and ``entropy`` are the other losses of the released code.
+      temperature: of both predictions under ``kl``; the loss has no factor of its square.
       rho: radius of SAM; 0 is Adam alone.
       adaptive: take the radius relative to the coefficients, see `optimisers.sharpness_aware`.
       mode: ``tensor``, ``task``, or another of `taskvec.tree.groups`.
@@ -70,16 +89,17 @@ def samerging(
       loop: see `fit.Loop`.
 
     Raises:
-      ValueError: numbers of tasks do not fit.
+      ValueError: unknown objective; numbers of tasks do not fit.
       FitDiverged: see `fit.fit`.
     """
+    check_choice("objective", objective, OBJECTIVES)
     problem.check(rows)
     rows = rows if rows.targets is not None else with_targets(problem, rows)
     groups = trees.groups(problem.theta0, mode)
     return learn(
         problem,
         coefficients(groups, problem.num_tasks, init, constraint),
-        lambda outputs: objectives.kl(outputs.logits, outputs.target_logits, temperature),
+        objective_of(objective, temperature),
         cyclic(rows, per_task, seed),
         optax.chain(optax.add_decayed_weights(weight_decay), optax.adam(learning_rate)),
         steps,

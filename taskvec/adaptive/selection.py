@@ -3,10 +3,12 @@
 Scores are by *gradient*, ``|<dL/dtheta_l, tau_{l,t}>|`` at theta0 for a tensor l (one backward pass gives all, since it
 is the gradient of the coefficients), by *feature* (how near the mean features of two tasks are under theta0), or
 random. Whole task vectors are ranked by the mean over tensors; *blockwise*, every tensor has its own ``budget`` best,
-which are then stacked as so many task vectors made of parts. The paper's definition is confirmed by an early state of
+which are then stacked as so many task vectors made of parts. Features tell tasks apart, not tensors: by them whole task
+vectors are chosen. The paper's definition is confirmed by an early state of
 the authors' code for the gradient, which sums gradients over the batches; that of the feature-based score is ours.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -18,9 +20,10 @@ from taskvec.adaptive import objectives, rows as rows_lib
 from taskvec.adaptive.coefficients import coefficients
 from taskvec.adaptive.learn import Problem, make_loss
 from taskvec.adaptive.rows import Rows
+from taskvec.adaptive.teachers import features_of
 from taskvec.tree import Tree
 
-SELECTIONS = ("gradient", "random")
+SELECTIONS = ("gradient", "feature", "random")
 
 
 class Chosen(NamedTuple):
@@ -65,10 +68,10 @@ def gradient_scores(problem: Problem, rows: Rows, batch_size: int = 64) -> np.nd
     return np.abs(total)
 
 
-def feature_scores(target: np.ndarray, pool: list[np.ndarray]) -> np.ndarray:
+def feature_scores(target: np.ndarray, pool: Sequence[np.ndarray]) -> np.ndarray:
     """Cosine of the mean unit features of a target's rows and of each task's in the pool: ``[T]``.
 
-    Of ``[N, d]`` and T times ``[N_t, d]``. Features are those of the pretrained model (`keep.features_of`).
+    Of ``[N, d]`` and T times ``[N_t, d]``. Features are those of the pretrained model (`teachers.features_of`).
     """
     mean = lambda z: (z / np.linalg.norm(z, axis=1, keepdims=True)).mean(0)
     means = [mean(np.asarray(z, np.float64)) for z in (target, *pool)]
@@ -108,28 +111,42 @@ def spread_out(coef_Gxb: np.ndarray, numbers_Gxb: np.ndarray, num_tasks: int) ->
 
 
 def choose_within(
-    problem: Problem, rows: Rows, budget: int, by: str = "gradient", blockwise: bool = True, seed: int = 0
+    problem: Problem,
+    rows: Rows,
+    budget: int,
+    by: str = "gradient",
+    blockwise: bool = True,
+    seed: int = 0,
+    pool: Sequence[np.ndarray] | None = None,
 ) -> Chosen:
     """Chooses `budget` task vectors of a pool for the task of some labelled rows.
 
     Args:
       problem, rows: see `gradient_scores`.
       budget: b.
-      by: ``gradient`` or ``random``.
-      blockwise: whether every tensor chooses its own.
+      by: ``gradient``, ``feature`` or ``random``.
+      blockwise: whether every tensor chooses its own; by features none does.
       seed: of random choices.
+      pool: by features: those of each task's rows in the pool under theta0, T times ``[N_t, d]``
+        (`teachers.features_of`), which may be computed once for many targets.
 
     Raises:
-      ValueError: an unknown selection, or a budget not in 1..T.
+      ValueError: an unknown selection, a budget not in 1..T, or features of other than T tasks.
     """
     if by not in SELECTIONS:
         raise ValueError(f"unknown selection {by!r}; allowed: {', '.join(SELECTIONS)}")
-    if by == "random":
-        shape = (len(trees.groups(problem.theta0, "tensor").names), problem.num_tasks)
+    shape = (len(trees.groups(problem.theta0, "tensor").names), problem.num_tasks)
+    if by == "feature":
+        if pool is None or len(pool) != problem.num_tasks:
+            given = "none" if pool is None else f"those of {len(pool)}"
+            raise ValueError(f"a choice by feature needs pool, features of all {problem.num_tasks} tasks; got {given}")
+        target = features_of(problem, problem.theta0, rows, 0)
+        scores = np.broadcast_to(feature_scores(target, pool), shape)
+    elif by == "random":
         scores = rows_lib.generator("shots", seed, problem.num_tasks).random(shape)
     else:
         scores = gradient_scores(problem, rows)
     if not blockwise:
-        scores = np.broadcast_to(scores.mean(0) if by == "gradient" else scores[0], scores.shape)
+        scores = np.broadcast_to(scores[0] if by == "random" else scores.mean(0), scores.shape)
     numbers = best(scores, budget)
     return Chosen(take(problem.theta0, problem.tau, numbers), numbers)

@@ -108,10 +108,12 @@ def sens_merging(
       seed, loop: not used; nothing is drawn and nothing is iterated.
 
     Raises:
-      ValueError: numbers of tasks do not fit, rows have no labels, or a setting is unknown.
+      ValueError: numbers of tasks do not fit, rows have no labels, or a setting is unknown; a loop with what is not
+        heeded.
     """
     problem.check(rows)
     problem.check_not_linear("sens_merging")
+    loop.refuse("sens_merging", **dict.fromkeys(("checkpoint", "evaluate", "place", "pieces"), "it takes no steps"))
     parts.check_labels(rows, "sens_merging")
     if cross_task not in ("distance", None):
         raise ValueError(f"cross_task={cross_task!r}; allowed: distance, None")

@@ -93,8 +93,8 @@ def supermerge(
     nodes = everything if groups is None else groups
     if sorted(tasks_of(nodes)) != everything:
         raise ValueError(f"groups must hold each of the tasks 0..{len(everything) - 1} once, got {groups}")
-    if groups is not None and loop.checkpoint is not None:
-        raise ValueError("one checkpoint cannot hold several merges; leave it out where there are groups")
+    if groups is not None:
+        loop.refuse("supermerge with groups", checkpoint="one checkpoint cannot hold several merges")
     tensor_groups = trees.groups(problem.theta0, mode)
 
     def fold(node: Sequence) -> tuple[Learned, np.ndarray]:

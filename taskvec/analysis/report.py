@@ -18,10 +18,11 @@ def by_label(rows: Sequence[Row]) -> dict[str, list[Row]]:
 def table(rows: Sequence[Row]) -> str:
     """One line a method: accuracy by task, mean and its spread over seeds, normalised accuracy, what it needed.
 
-    Accuracies are per cent, averaged over seeds; the spread is the standard error of the mean over seeds.
+    Accuracies are per cent, averaged over seeds; the spread is the standard error of the mean over seeds. Memory is the
+    largest peak of the process, everything that it holds included.
     """
     tasks = list(rows[0].accuracy)
-    head = ["method", *tasks, "mean", "normalised", "data", "task id", "seconds"]
+    head = ["method", *tasks, "mean", "normalised", "data", "task id", "seconds", "peak MB"]
     lines = []
     for label, group in by_label(rows).items():
         per_task = [100 * np.mean([r.accuracy[t] for r in group]) for t in tasks]
@@ -37,9 +38,10 @@ def table(rows: Sequence[Row]) -> str:
                 group[0].data_access,
                 "yes" if group[0].task_id_needed else "no",
                 f"{np.mean([r.seconds for r in group]):.1f}",
+                f"{max(r.peak_memory_mb for r in group):.0f}",
             ]
         )
-    cells = [head, ["---"] + ["---:"] * (len(tasks) + 2) + ["---"] * 2 + ["---:"], *lines]
+    cells = [head, ["---"] + ["---:"] * (len(tasks) + 2) + ["---"] * 2 + ["---:"] * 2, *lines]
     return "\n".join("| " + " | ".join(row) + " |" for row in cells)
 
 

@@ -26,7 +26,8 @@ def read(request: Request) -> Request:
     """The request with the table of its file, whose columns are in the order of the experts.
 
     Raises:
-      ValueError: no file is given; the experts are not the tasks of the file; more than coefficients was learned.
+      ValueError: no file is given; the experts are not the tasks of the file; more than coefficients was learned, or
+        it is not known of which vectors.
       FileNotFoundError: the file is not there.
     """
     if request.method != METHOD or request.settings.get("table"):
@@ -40,10 +41,15 @@ def read(request: Request) -> Request:
             f"the coefficients are of {found.method}, whose result is not theta0 + sum of coefficient x task vector "
             f"({NOT_ALONE[found.method]}): save the merged model itself"
         )
+    if found.method == "adamerging" and "plus_plus" not in {**found.settings, **settings}:
+        raise ValueError(
+            f"{settings['file']} does not say whether the coefficients are of AdaMerging++ (trimmed vectors) or not: "
+            "add --set plus_plus=True or False"
+        )
     settings["file"] = str(pathlib.Path(settings["file"]).expanduser().absolute())
     order = _order(found.tasks, [label for label, _ in request.experts])
     settings["table"] = tuple((name, tuple(row[t] for t in order)) for name, row in found.table())
-    settings.setdefault("plus_plus", bool(found.settings.get("plus_plus", False)))
+    settings.setdefault("plus_plus", found.settings.get("plus_plus", False))
     return dataclasses.replace(request, settings=settings)
 
 

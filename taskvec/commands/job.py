@@ -11,7 +11,7 @@ from taskvec import tree as trees
 from taskvec.commands.request import Request
 from taskvec.io.folders import Model
 from taskvec.io.lora import ADAPTER_WEIGHTS
-from taskvec.merging.streamed import Streaming
+from taskvec.merging.stream_plan import Streaming
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Job:
       dtype: of the floating-point tensors written; "" for that of each in the first model.
       rows: the coefficients, for recipes.
       notes: what the user should know.
+      extras: what the method takes besides models, by label.
     """
 
     request: Request
@@ -58,6 +59,12 @@ class Job:
     dtype: str = ""
     rows: tuple[Any, ...] = ()
     notes: tuple[str, ...] = ()
+    extras: Mapping[str, Model] = dataclasses.field(default_factory=dict)
+
+    @property
+    def inputs(self) -> dict[str, Model]:
+        """All that is read, by label."""
+        return {**self.models, **self.extras}
 
     @property
     def first(self) -> Model:
@@ -109,7 +116,7 @@ def notes(models: Mapping[str, Model]) -> list[str]:
     told = []
     for label, model in models.items():
         if model.kind == "orbax":
-            told.append(f"{label} is an orbax checkpoint: its leaves are restored whole, which --memory does not count")
+            told.append(f"{label} is an orbax checkpoint: its leaves are restored whole, which takes memory and time")
         if model.kind == "lora":
             told.append(f"{label} is a LoRA adapter: read as its base plus the product of its factors")
     first, model = next(iter(models.items()))

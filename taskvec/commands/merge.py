@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import os
 import pathlib
 import shutil
 import time
@@ -14,7 +13,7 @@ from taskvec.commands.job import Job
 from taskvec.io import provenance
 from taskvec.io.folders import Model
 from taskvec.io.safetensors import SafetensorsReader, SafetensorsWriter
-from taskvec.io.safetensors_format import alive, remove_stale, some, write_text
+from taskvec.io.safetensors_format import alive, remove_stale, some, this_process, write_text
 from taskvec.merging.streamed import merge_streamed
 
 # Stands in a folder while it is being written, and says what will be there.
@@ -61,17 +60,18 @@ def check_target(to: Target, job: Job, overwrite: bool) -> tuple[int, int]:
       ValueError: the place is that of an input.
       OSError: too little space.
     """
-    inputs = {path.resolve() for model in job.models.values() for path in model.files}
+    inputs = {path.resolve() for model in job.inputs.values() for path in model.files}
     here = to.weights.resolve()
     if here in inputs or any(path.parent == here for path in inputs):
         raise ValueError(f"{to.weights} holds an input of this merge; choose another --out")
     if to.folder.exists() and not to.folder.is_dir():
         raise FileExistsError(f"{to.folder} is a file; --out names a folder, or a file ending in .safetensors")
     unfinished = _unfinished(to)
-    if unfinished and alive(unfinished["pid"]):
+    process = (unfinished or {}).get("process", "")
+    if alive(process):
+        pid = process.partition("-")[0]
         raise FileExistsError(
-            f"process {unfinished['pid']} is writing to {to.folder}; wait for it, or delete {to.marker} if that is "
-            "another program"
+            f"process {pid} is writing to {to.folder}; wait for it, or delete {to.marker} if that is another program"
         )
     found = _weights_at(to)
     if found and not unfinished and not overwrite:
@@ -110,13 +110,13 @@ def execute(
     _clear(to)
     side = _side_files(job.first) if to.weights == to.folder or job.single_name else {}
     with _marked(to, side), contextlib.ExitStack() as stack:
-        hashing = provenance.Hashes((path for model in job.models.values() for path in model.files), hashes)
+        hashing = provenance.Hashes((path for model in job.inputs.values() for path in model.files), hashes)
         writer = SafetensorsWriter(to.weights, job.specs, max_shard_bytes=job.request.shard_bytes)
         stack.enter_context(writer)
         _mark(to, [*writer.names, *side, to.record.name])
         _run(job, writer, on_progress)
         found = hashing.result()
-        inputs = {label: provenance.describe(model, found) for label, model in job.models.items()}
+        inputs = {label: provenance.describe(model, found) for label, model in job.inputs.items()}
         for label, record in (earlier or {}).get("inputs", {}).items():
             provenance.check_unchanged(record, label, inputs[label])
         for name, source in side.items():
@@ -143,8 +143,7 @@ def _pinned(job: Job) -> Any:
     request = job.request
     base = job.models["base"].pinned if request.base else ""
     experts = tuple((label, job.models[label].pinned) for label, _ in request.experts)
-    extras = tuple((name, str(pathlib.Path(ref).absolute())) for name, ref in request.extras)
-    return dataclasses.replace(request, base=base, experts=experts, extras=extras)
+    return dataclasses.replace(request, base=base, experts=experts)
 
 
 def _run(job: Job, writer: SafetensorsWriter, on_progress: Callable[[int, int], None] | None) -> None:
@@ -234,7 +233,7 @@ def _unfinished(to: Target) -> dict[str, Any] | None:
 
 
 def _mark(to: Target, names: list[str]) -> None:
-    write_text(to.marker, json.dumps({"pid": os.getpid(), "files": names}))
+    write_text(to.marker, json.dumps({"process": this_process(), "files": names}))
 
 
 def _clear(to: Target) -> None:

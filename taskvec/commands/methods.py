@@ -16,21 +16,25 @@ _COLUMNS = ("what it does", "paper", "data", "result")
 
 
 def everything(console: Console) -> None:
-    """Prints a line for every registered method, those that learn in a table of their own."""
+    """Prints a line for every registered method, those that search or learn in tables of their own."""
     made = table(
         "Methods that need weights only: `taskvec merge --method NAME`", "method", *_COLUMNS, "base", "experts"
     )
     for name, method in sorted(registry.methods().items()):
         made.add_row(name, *_cells(method.card), method.card.base, _experts(method.card))
+    searching = table("Searches, which need scores on held-out data: from Python", "method", *_COLUMNS)
+    for name, search in sorted(registry.searches().items()):
+        searching.add_row(name, *_cells(search.card))
     learning = table("Adaptive methods, which learn from rows of data: from Python or configs", "method", *_COLUMNS)
     adaptive = _adaptive()
     for name, method in sorted(adaptive.items()):
         learning.add_row(name, *_cells(method.card))
-    for each in (made, learning):
+    for each in (made, searching, learning):
         each.columns[1].justify = "left"
         console.print(each)
     console.print(
-        f"{len(registry.methods())} methods, {len(adaptive)} adaptive; `taskvec methods NAME` shows one in full.\n"
+        f"{len(registry.methods())} methods, {len(registry.searches())} searches, {len(adaptive)} adaptive; "
+        "`taskvec methods NAME` shows one in full.\n"
         "Adaptive methods are run from Python (taskvec.adaptive.registry) or by a config (configs/), not by `taskvec "
         "merge`; the coefficients that they learn are applied to checkpoints by `taskvec merge --method coefficients`",
         highlight=False,
@@ -52,13 +56,11 @@ def _adaptive() -> Mapping[str, Any]:
 
 def one(name: str, console: Console) -> None:
     """Prints a method's card, its settings and what its documentation says; raises `ValueError` if there is none."""
-    adaptive = _adaptive()
-    learns = name not in registry.methods() and name in adaptive
-    if not learns and name not in registry.methods():
-        hint = registry.did_you_mean(name, [*registry.methods(), *adaptive])
-        raise ValueError(f"unknown method {name!r}{hint}; `taskvec methods` lists them")
-    method = adaptive[name] if learns else registry.get(name)
-    card = method.card
+    known = {**_adaptive(), **registry.searches(), **registry.methods()}
+    if name not in known:
+        raise ValueError(f"unknown method {name!r}{registry.did_you_mean(name, known)}; `taskvec methods` lists them")
+    method = known[name]
+    card, by_command = method.card, isinstance(method, registry.Method)
     facts = table(name, "", "")
     facts.show_header, facts.columns[1].justify = False, "left"
     rows = {
@@ -68,19 +70,19 @@ def one(name: str, console: Console) -> None:
         "pretrained model": card.base,
         "fine-tuned models": _experts(card) + (", their order matters" if card.ordered else ""),
         "needs besides weights": _needs(card),
-        "result": card.result + (_CHOOSE if card.result == "task-conditioned" and not learns else ""),
+        "result": card.result + (_CHOOSE if card.result == "task-conditioned" and by_command else ""),
         "trains heads": "yes" if card.heads_trained else "no",
         "released code": card.released_code or "as here",
-    } | ({"how to run": _ADAPTIVE} if learns else {})
+    } | ({} if by_command else {"how to run": method.how if isinstance(method, registry.Search) else _ADAPTIVE})
     for field, value in rows.items():
         facts.add_row(field, escape(value))
     console.print(facts)
-    _settings(method.run if learns else method.build, method.defaults, learns, console)
+    _settings(method.build if by_command else method.run, method.defaults, by_command, console)
 
 
-def _settings(function: Callable, defaults: Mapping[str, Any], learns: bool, console: Console) -> None:
+def _settings(function: Callable, defaults: Mapping[str, Any], by_command: bool, console: Console) -> None:
     if defaults:
-        settings = table("Settings" if learns else "Settings (--set NAME=VALUE)", "name", "default", "type")
+        settings = table("Settings (--set NAME=VALUE)" if by_command else "Settings", "name", "default", "type")
         for name, parameter in inspect.signature(function).parameters.items():
             if name not in defaults:
                 continue

@@ -14,33 +14,29 @@ from taskvec.io.align import align
 from taskvec.io.folders import Model, open_model
 from taskvec.io.safetensors_format import some
 from taskvec.merging import registry
-from taskvec.merging.streamed import plan_streamed
+from taskvec.merging.stream_plan import plan_streamed
 from taskvec.transforms import LeafPolicy
 
 
-def prepare(request: Request, memory: int, pinned: Mapping[str, str] | None = None) -> Job:
+def prepare(request: Request, pinned: Mapping[str, str] | None = None) -> Job:
     """Opens the models, from headers alone, and checks all that can be checked.
 
     Args:
       request: what is wanted.
-      memory: bytes for the blocks in flight.
       pinned: ``{model as a recipe names it: where it was found when the merge was recorded}``.
 
     Raises:
-      ValueError: unknown method or setting, models that do not match, too little `memory`.
+      ValueError: unknown method or setting, models or extras that do not match, too little memory.
       FileNotFoundError: a model is not there.
     """
     if request.recipe:
         # Imported late: most merges have no recipe.
         from taskvec.commands import recipe
 
-        return recipe.prepare(request, memory, pinned or {})
+        return recipe.prepare(request, pinned or {})
     method = registry.get(request.method)
     request = coefficients.read(request)
-    try:
-        method(**request.settings)
-    except TypeError as error:
-        raise ValueError(f"{request.method}: a setting has the wrong type ({error}); see `taskvec methods`") from error
+    _check_settings(method, request.settings)
     task = _task(request, method)
     # What the card asks for is checked before any model is looked for.
     method.card.check(method.name, len(request.experts), bool(request.base), _by_name(request.extras))
@@ -57,27 +53,35 @@ def prepare(request: Request, memory: int, pinned: Mapping[str, str] | None = No
     if opened[0].kind == "factors":
         _check_factors(opened, labels)
         pretrained = Zeros(views[0].specs)
-    extras = {name: [open_model(ref) for ref in refs] for name, refs in _by_name(request.extras).items()}
-    wrong = [name for name, readers in extras.items() if len(readers) != len(request.experts)]
-    if wrong:
-        raise ValueError(f"--extra {wrong[0]}=... is needed once for each of the {len(request.experts)} experts")
+    extras = _extras(request)
+    named = {f"{name} of {labels[i - len(views)]}": each[i] for name, each in extras.items() for i in range(len(views))}
+    pinned_extras = tuple((name, model.pinned) for name, each in extras.items() for model in each)
     dtype = np.dtype(request.dtype) if request.dtype else None
-    options = {"policy": policy, "extras": extras, "memory": memory, "dtype": dtype, **request.settings}
+    options = {"policy": policy, "extras": extras, "memory": request.memory, "dtype": dtype, "task": task}
+    options |= request.settings
     streaming = plan_streamed(method, pretrained, views, **options)
     specs = {name: written(spec, dtype) for name, spec in aligned.views[0].specs.items()}
     specs |= {alias: specs[source] for alias, source in aligned.copies.items()}
     specs |= {name: opened[0].specs[name] for name in aligned.kept}
     return Job(
-        dataclasses.replace(request, settings=_resolved(method, request.settings)),
+        dataclasses.replace(request, settings=_resolved(method, request.settings), extras=pinned_extras),
         models,
-        (Part(method, pretrained, views, options | {"task": task}, streaming),),
+        (Part(method, pretrained, views, options, streaming),),
         specs,
         aligned.copies,
         aligned.kept,
         {"tie_word_embeddings": False} if aligned.untied else {},
         request.dtype,
         notes=(*notes(models), *aligned.notes),
+        extras=named,
     )
+
+
+def _check_settings(method: registry.Method, settings: Mapping[str, Any]) -> None:
+    try:
+        method(**settings)
+    except TypeError as error:
+        raise ValueError(f"{method.name}: a setting has the wrong type ({error}); see `taskvec methods`") from error
 
 
 def _open(request: Request) -> dict[str, Model]:
@@ -94,6 +98,15 @@ def _open(request: Request) -> dict[str, Model]:
         raise ValueError("an expert must not be called 'base'; write --expert LABEL=MODEL")
     base = open_model(request.base) if request.base else None
     return ({"base": base} if base else {}) | {label: open_model(ref, base) for label, ref in request.experts}
+
+
+def _extras(request: Request) -> dict[str, list[Model]]:
+    """Name -> one of each expert, in their order."""
+    extras = {name: [open_model(ref) for ref in refs] for name, refs in _by_name(request.extras).items()}
+    wrong = [name for name, each in extras.items() if len(each) != len(request.experts)]
+    if wrong:
+        raise ValueError(f"--extra {wrong[0]}=... is needed once for each of the {len(request.experts)} experts")
+    return extras
 
 
 def _task(request: Request, method: registry.Method) -> int | None:

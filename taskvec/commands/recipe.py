@@ -11,10 +11,10 @@ from taskvec.commands.job import Job, Part, notes, written
 from taskvec.commands.request import Request
 from taskvec.io.align import align
 from taskvec.io.folders import open_model
-from taskvec.merging.streamed import plan_streamed
+from taskvec.merging.stream_plan import plan_streamed
 
 
-def prepare(request: Request, memory: int, pinned: Mapping[str, str]) -> Job:
+def prepare(request: Request, pinned: Mapping[str, str]) -> Job:
     """As `taskvec.commands.prepare.prepare`, for a recipe."""
     try:
         given = yaml.safe_load(request.recipe)
@@ -33,7 +33,7 @@ def prepare(request: Request, memory: int, pinned: Mapping[str, str]) -> Job:
         readers = dict(zip(refs, aligned.views, strict=True))
     groups = recipe.groups(readers.__getitem__)
     dtype = np.dtype(request.dtype) if request.dtype else recipe.dtype and np.dtype(recipe.dtype)
-    options = {"memory": memory, "dtype": dtype}
+    options = {"memory": request.memory, "dtype": dtype}
     parts, specs = [], {}
     for group in groups:
         streaming = plan_streamed(group.method, group.pretrained, group.finetuned, **options)

@@ -34,6 +34,7 @@ class Request:
       lora: ``delta`` or ``factor``.
       extras: (name, model) of further inputs, T of each name.
       shard_bytes: the most in one file.
+      memory: bytes for the blocks in flight. How tensors are cut into blocks follows from it, and so does rounding.
     """
 
     method: str = ""
@@ -47,6 +48,7 @@ class Request:
     lora: str = "delta"
     extras: tuple[tuple[str, str], ...] = ()
     shard_bytes: int = 5_000_000_000
+    memory: int = 1_000_000_000
 
     def __post_init__(self):
         if bool(self.method) == bool(self.recipe):

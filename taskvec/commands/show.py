@@ -14,9 +14,11 @@ from taskvec import tree as trees
 from taskvec.commands.job import Job, nbytes
 from taskvec.io import progress
 from taskvec.merging import merge
+from taskvec.transforms import chain, sum_tasks
 
-# Transforms that make of every entry a weighted sum with the same weights throughout a tensor.
-_LINEAR = {"sum_tasks", "mean_tasks", "weigh", "scale", "scale_by_depth"}
+# Transforms that make of every entry a weighted sum with the same weights throughout a tensor, and reductions of them.
+_REDUCE = {"sum_tasks", "mean_tasks", "mean_of", "swap_layers"}
+_LINEAR = _REDUCE | {"weigh", "scale", "scale_by_depth", "norm_weighting"}
 
 
 def table(title: str, *columns: str) -> Table:
@@ -35,7 +37,7 @@ def gigabytes(count: float) -> str:
     return f"{count:.0f} bytes"
 
 
-def plan(job: Job, console: Console, memory: int, need: int, free: int | None) -> None:
+def plan(job: Job, console: Console, need: int, free: int | None) -> None:
     """Prints what a job will do."""
     request = job.request
     console.print(_inputs(job))
@@ -54,7 +56,7 @@ def plan(job: Job, console: Console, memory: int, need: int, free: int | None) -
         "passes over the inputs": str(passes),
         "read, all passes": gigabytes(job.read_bytes),
         "written": f"{gigabytes(job.write_bytes)} in {len(job.specs)} tensors",
-        "memory of blocks in flight": f"{gigabytes(peak)} of {gigabytes(memory)} allowed; most for {largest}",
+        "memory of blocks in flight": f"{gigabytes(peak)} of {gigabytes(request.memory)} allowed; most for {largest}",
         "disk": f"{gigabytes(need)} needed" + (f", {gigabytes(free)} free" if free is not None else ""),
     }
     for name, value in rows.items():
@@ -72,7 +74,7 @@ def _brief(value: Any) -> str:
 
 def _inputs(job: Job) -> Table:
     made = table("Inputs", "", "kind", "tensors", "size", "dtypes", "path")
-    for label, model in job.models.items():
+    for label, model in job.inputs.items():
         dtypes = ", ".join(sorted({str(spec.dtype) for spec in model.specs.values()}))
         size = sum(nbytes(spec) for spec in model.specs.values())
         made.columns[-1].justify = "left"
@@ -98,17 +100,16 @@ def _coefficients(part: Any, labels: list[str]) -> Table:
     taken = part.streaming.plan.tensors
     specs = (part.pretrained or part.finetuned[0]).specs
     groups = block_of({name: specs[name] for name in taken})
-    found = coefficients(part, groups)
-    linear = all(stage.name in _LINEAR for stage in part.streaming.transform.stages)
-    unknown = "measured" if linear else "by entry"
-    if [stage.name for stage in part.streaming.transform.stages] == ["sum_by_name"]:
-        unknown = "by tensor"
+    stages = part.streaming.transform.stages
+    found, linear = coefficients(part, groups), all(stage.name in _LINEAR for stage in stages)
+    rest = "measured" if linear else "by tensor" if [s.name for s in stages] == ["sum_by_name"] else "by entry"
+    whole = linear and not any(stage.measures for stage in stages)
     made = table("What is merged", "group", "tensors", "entries", *experts)
     rows: list[tuple[list[str], list[str]]] = []
     for group in dict.fromkeys(groups.values()):
         names = [name for name, its in groups.items() if its == group]
         entries = sum(int(np.prod(specs[name].shape)) for name in names)
-        numbers = [f"{value:.4g}" for value in found[group]] if found else [unknown] * len(experts)
+        numbers = [f"{x:.4g}" if whole else rest if x == 1 else f"{x:.4g} x {rest}" for x in found[group]]
         cells = [str(len(names)), f"{entries:,}", *numbers]
         if rows and rows[-1][1] == cells and group != "outside":
             rows[-1][0].append(group)
@@ -116,10 +117,10 @@ def _coefficients(part: Any, labels: list[str]) -> Table:
             rows.append(([group], cells))
     for names, cells in rows:
         made.add_row(names[0] if len(names) == 1 else f"{names[0]} to {names[-1].rpartition('.')[2]}", *cells)
-    rest = specs.keys() - taken.keys()
-    if rest:
-        entries = sum(int(np.prod(specs[name].shape)) for name in rest)
-        made.add_row("copied from the base", str(len(rest)), f"{entries:,}", *["-"] * len(experts))
+    left = specs.keys() - taken.keys()
+    if left:
+        entries = sum(int(np.prod(specs[name].shape)) for name in left)
+        made.add_row("copied from the base", str(len(left)), f"{entries:,}", *["-"] * len(experts))
     return made
 
 
@@ -138,15 +139,19 @@ def block_of(specs: Mapping[str, Any]) -> dict[str, str]:
 
 
 def coefficients(part: Any, groups: Mapping[str, str]) -> dict[str, list[float]]:
-    """``{group: factor of each task vector}``, found by merging numbers; {} if the method is no weighted sum."""
-    stages = part.streaming.transform.stages
-    if any(stage.name not in _LINEAR or stage.measures for stage in stages):
-        return {}
+    """``{group: factor of each task vector}``, found by merging numbers.
+
+    Where a method is no weighted sum with known weights, it is the factor by which the other transforms' share of a
+    task vector is multiplied: what scales and weights give.
+    """
+    known = [stage for stage in part.streaming.transform.stages if stage.name in _LINEAR and not stage.measures]
+    if not any(stage.name in _REDUCE for stage in known):
+        known.append(sum_tasks())
     sample = {group: name for name, group in reversed(groups.items())}
     layers = {name: part.streaming.plan.tensors[name] for name in sample.values()}
     like = lambda value: {n: np.full(t.depth.shape if t.stacked else (), value, np.float32) for n, t in layers.items()}
     count = len(part.finetuned)
-    merged = [merge(part.streaming.transform, like(0), [like(s == t) for s in range(count)]) for t in range(count)]
+    merged = [merge(chain(*known), like(0), [like(s == t) for s in range(count)]) for t in range(count)]
     flat = [trees.flatten(each) for each in merged]
     return {group: [float(np.ravel(each[name])[-1]) for each in flat] for group, name in sample.items()}
 

@@ -15,9 +15,10 @@ class Split(NamedTuple):
     """Rows with labels.
 
     Attributes:
-      inputs: arrays with a leading row axis. Model-ready: ``{"ids": int32 [N, M], "mask": bool [N, M]}`` or
-        ``{"image": uint8 [N, H, W, 3]}``. Before encoding: ``{"text": object [N]}`` (``[N, 2]`` for pairs) or
-        ``{"raw": uint8 [N, h, w]}``, also with a last axis of 3. Images may be `lazy.Images` instead of arrays.
+      inputs: arrays with a leading row axis. Model-ready: ``{"ids": int32 [N, M], "mask": bool [N, M]}`` (see
+        `text.encode`) or ``{"image": uint8 [N, H, W, 3]}``. Before encoding: ``{"text": object [N]}`` (``[N, 2]``
+        for pairs) or ``{"raw": uint8 [N, h, w]}``, also with a last axis of 3. Images may be `lazy.Images` instead of
+        arrays.
       labels: int32 ``[N]``; float32 ``[N]`` for a regression task.
     """
 

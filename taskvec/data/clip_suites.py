@@ -16,9 +16,9 @@ Three families of checkpoints exist, trained and scored differently; their resul
   fusion_bench  Tang et al. 2024 (arXiv 2406.03280): Hugging Face CLIP; EMNIST is its letters.
 
 A task is read from a folder ROOT in one of two layouts: ``ROOT/TASK/train/CLASS/*`` with ``test`` (and ``val``) beside
-it, class folders called like the classes (case and punctuation do not count) or sorted as they are; or the hub's
-Parquet files under ``ROOT/OWNER/NAME``. ``hub`` instead of ROOT fetches that repository, ``tfds`` takes prepared sets
-of tensorflow-datasets.
+it, class folders called like the classes (case and punctuation do not count) or sorted as they are; or the hub's files
+under ``ROOT/OWNER/NAME``: Parquet, or ``SPLIT/*.tar`` (`webdataset`) with ``classnames.txt``. ``hub`` instead of ROOT
+fetches that repository, ``tfds`` takes prepared sets of tensorflow-datasets.
 """
 
 import logging
@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from taskvec.data import base, sources
+from taskvec.data import base, sources, webdataset
 
 log = logging.getLogger(__name__)
 
@@ -40,14 +40,14 @@ class ClipTask(NamedTuple):
 
     Attributes:
       title: its name in the papers.
-      hub: Hugging Face data set; ``owner/name`` or ``owner/name:config``. Empty: none whose files are Parquet is known.
+      hub: Hugging Face data set; ``owner/name`` or ``owner/name:config``.
       tfds: name of its tensorflow-datasets builder; empty if there is none.
       splits: names of the training and the test split on the hub.
       tfds_splits: the same for tensorflow-datasets.
     """
 
     title: str
-    hub: str = ""
+    hub: str
     tfds: str = ""
     splits: tuple[str, str] = ("train", "test")
     tfds_splits: tuple[str, str] = ("train", "test")
@@ -64,7 +64,7 @@ TASKS = {
     "dtd": ClipTask("DTD", "tanganke/dtd", "dtd"),
     "flowers102": ClipTask("Flowers102", "dpdl-benchmark/oxford_flowers102", "oxford_flowers102"),
     "pcam": ClipTask("PCAM", "1aurent/PatchCamelyon", "patch_camelyon"),
-    "fer2013": ClipTask("FER2013"),  # FusionBench: clip-benchmark/wds_fer2013, tar files
+    "fer2013": ClipTask("FER2013", "clip-benchmark/wds_fer2013"),
     "pets": ClipTask("OxfordIIITPet", "timm/oxford-iiit-pet", "oxford_iiit_pet"),
     "stl10": ClipTask("STL10", "tanganke/stl10", "stl10"),
     "cifar100": ClipTask("CIFAR100", "tanganke/cifar100", "cifar100"),
@@ -195,7 +195,7 @@ def _read(task: str, family: str, source: str) -> dict[str, sources.Table]:
             f"task {task}: {family} scores rows that no hub repository is known to have; "
             f"lay them out as FOLDER/{task}/{{train,{test}}}/CLASS/*.png and set source to FOLDER"
         )
-    read = lambda split: sources.parquet(hub_files(entry.hub, split, source, task), sources.Columns("image"))
+    read = lambda split: _hub_table(hub_files(entry.hub, split, source, task))
     return {"train": read(entry.splits[0]), "test": read(test)}
 
 
@@ -212,22 +212,28 @@ def _folders(folder: pathlib.Path, task: str, of: Family, names: tuple[str, ...]
     return {"train": train, "test": read(test)} | own
 
 
+def _hub_table(files: list[pathlib.Path]) -> sources.Table:
+    if not files or files[0].suffix != ".tar":
+        return sources.parquet(files, sources.Columns("image"))
+    names = files[0].parent.parent / "classnames.txt"  # without them there is no telling what the labels mean
+    if not names.is_file():
+        raise FileNotFoundError(f"{names} is not there; it has the names of the labels in {files[0]}, one a line")
+    return webdataset.read(files, _lines(names))
+
+
 def hub_files(repo: str, split: str, source: str, task: str) -> list[pathlib.Path]:
-    """The Parquet files of one split of a hub data set, from ``ROOT/OWNER/NAME`` or fetched (``source="hub"``).
+    """The Parquet or tar files of one split of a hub data set, from ``ROOT/OWNER/NAME`` or fetched (``source="hub"``).
 
     Raises:
       FileNotFoundError: no such files, or the hub cannot be reached; the message says where they belong.
     """
     name, _, config = repo.partition(":")
-    if not name:
-        raise FileNotFoundError(
-            f"task {task}: no hub repository is known; lay it out as FOLDER/{task}/train/CLASS/*.png"
-        )
     if source == "hub":
         import huggingface_hub
 
         try:
             wanted = [f"{config}/*{split}*.parquet" if config else f"*{split}*.parquet"]
+            wanted += [f"{split}/*.tar", "classnames.txt"]
             root = pathlib.Path(huggingface_hub.snapshot_download(name, repo_type="dataset", allow_patterns=wanted))
         except Exception as error:  # the hub's client raises many kinds: network, proxy, offline mode, missing entry
             raise FileNotFoundError(
@@ -238,10 +244,12 @@ def hub_files(repo: str, split: str, source: str, task: str) -> list[pathlib.Pat
         root = pathlib.Path(source).expanduser() / name
     files = [f for f in sorted(root.rglob("*.parquet")) if f.name.split("-")[0].split(".")[0] == split]
     files = [f for f in files if not config or config in f.relative_to(root).parts]
+    files = files or webdataset.in_order((root / split).glob("*.tar"))
     if not files:
         below = f"{root}/{config}/" if config else f"{root}/**/"
         raise FileNotFoundError(
-            f"task {task}: neither {pathlib.Path(source) / task}/train nor {below}{split}-*.parquet is there"
+            f"task {task}: neither {pathlib.Path(source) / task}/train nor {below}{split}-*.parquet nor "
+            f"{root}/{split}/*.tar is there"
         )
     return files
 

@@ -7,6 +7,7 @@ depends neither on the number of threads or processes nor on the batch that the 
 
 import concurrent.futures
 import dataclasses
+import functools
 import io
 import os
 from collections.abc import Callable, Sequence
@@ -76,8 +77,7 @@ class Images:
         numbers = [int(row) for row in self.rows[np.asarray(rows, int)]]
         one = lambda row: self._decode(row, seed, epoch)
         if self.threads > 1 and len(numbers) > 1:
-            with concurrent.futures.ThreadPoolExecutor(min(self.threads, len(numbers))) as pool:
-                made = list(pool.map(one, numbers))
+            made = list(_pool(self.threads, os.getpid()).map(one, numbers))
         else:
             made = [one(row) for row in numbers]
         if len({x.shape for x in made}) > 1:
@@ -92,6 +92,12 @@ class Images:
         if self.draw:
             rng = np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, row, 3]))
         return self.transform(picture, rng)
+
+
+@functools.cache
+def _pool(threads: int, process: int) -> concurrent.futures.ThreadPoolExecutor:
+    """The threads that all readers of a process share: suites have dozens of splits, and a fork has no threads."""
+    return concurrent.futures.ThreadPoolExecutor(threads, "decode")
 
 
 def open_image(blob: Any, where: Callable[[int], str], row: int) -> Image.Image:

@@ -43,7 +43,8 @@ def packed(batch: Batch, length: int, rows: int = 1, multiple: int = MULTIPLE) -
     """A batch with several sentences in a row.
 
     Args:
-      batch: ``ids`` int32 ``[S, N]`` and ``mask`` bool ``[S, N]``, true from a sentence's first token to its last.
+      batch: ``ids`` int32 ``[S, N]`` and ``mask`` bool ``[S, N]``, true from a sentence's first token to its last;
+        perhaps ``type_ids`` int32 ``[S, N]``.
       length: tokens of a row, at least those of the longest sentence.
       rows: at least so many.
       multiple: the number of rows is a multiple of this.
@@ -51,14 +52,14 @@ def packed(batch: Batch, length: int, rows: int = 1, multiple: int = MULTIPLE) -
     Returns:
       ``ids`` int32 ``[R, length]`` (0 at padding), ``sentence`` int32 ``[R, length]``, the number of a token's sentence
       (-1 at padding), and ``first`` int32 ``[S]``, where in ``ids.ravel()`` a sentence begins, in place of ``ids`` and
-      ``mask``. All other keys pass unchanged: sentences keep their numbers.
+      ``mask``; ``type_ids`` (0 at padding) go with ``ids``. Other keys pass unchanged: sentences keep their numbers.
 
     Raises:
       ValueError: a sentence longer than `length`; a mask with gaps or padding on the left; `multiple` below 1.
     """
     if multiple < 1:
         raise ValueError(f"multiple={multiple}; the number of rows is a multiple of it, so it must be at least 1")
-    ids_SxN, mask_SxN = batch["ids"], batch["mask"]
+    mask_SxN = batch["mask"]
     lengths_S = _lengths(mask_SxN, length)
     rows_S = _rows_of(lengths_S, length)
     rows = max(1, -(-max(rows, _used(rows_S)) // multiple)) * multiple
@@ -66,11 +67,15 @@ def packed(batch: Batch, length: int, rows: int = 1, multiple: int = MULTIPLE) -
     # Tokens in the order of the sentences, and where each of them goes.
     number = np.repeat(np.arange(len(lengths_S)), lengths_S)
     to = np.flatnonzero(mask_SxN) % mask_SxN.shape[1] + first_S[number]
-    ids, sentence = np.zeros(rows * length, np.int32), np.full(rows * length, -1, np.int32)
-    ids[to], sentence[to] = ids_SxN[mask_SxN], number
-    rest = {key: x for key, x in batch.items() if key not in ("ids", "mask")}
-    tokens = {"ids": ids.reshape(rows, length), "sentence": sentence.reshape(rows, length)}
-    return {**rest, **tokens, "first": first_S.astype(np.int32)}
+
+    def placed(values: np.ndarray, padding: int) -> np.ndarray:
+        flat = np.full(rows * length, padding, np.int32)
+        flat[to] = values
+        return flat.reshape(rows, length)
+
+    tokens = {key: placed(batch[key][mask_SxN], 0) for key in ("ids", "type_ids") if key in batch}
+    rest = {key: x for key, x in batch.items() if key not in ("mask", *tokens)}
+    return {**rest, **tokens, "sentence": placed(number, -1), "first": first_S.astype(np.int32)}
 
 
 def _lengths(mask_SxN: np.ndarray, length: int) -> np.ndarray:

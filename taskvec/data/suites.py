@@ -79,16 +79,18 @@ def load_suite(spec: Mapping[str, Any], tokenizer_folder: str | os.PathLike | No
         # Rows first: only what is used is tokenised or resized.
         family = clip_suites.FAMILIES.get(spec.family)
         rule = {"validation": family.validation} if family else {}
-        task = base.subsample(makers[name](), spec.train, spec.held_out, spec.test, spec.seed, **rule)
+        task = makers[name]()
+        if spec.corruption:  # before rows are drawn: a corruption's numbers go by a row's place in the whole test set
+            task = task._replace(test=_corrupted(task, spec))
+        task = base.subsample(task, spec.train, spec.held_out, spec.test, spec.seed, **rule)
         if spec.family == "glue_text_to_text":
             return glue.encode_text_to_text(task, tokenizer, spec.max_length)
         if spec.kind == "text":
             return text.encode_task(task, tokenizer, spec.max_length)
-        if spec.corruption:
-            task = task._replace(test=_corrupted(task, spec))
         return images.encode_task(task, spec.image_size, _preprocess(spec))
 
-    return [load(name) for name in spec.tasks]
+    tasks = [load(name) for name in spec.tasks]
+    return text.with_types(tasks) if spec.kind == "text" else tasks
 
 
 def protocol(spec: Mapping[str, Any]) -> str:

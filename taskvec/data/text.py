@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -14,15 +15,15 @@ def load_tokenizer(folder: str | os.PathLike):
     """The `tokenizers.Tokenizer` of a Hugging Face model folder, without the padding and truncation it may carry.
 
     It is made from ``tokenizer.json`` (of any kind: WordPiece, BPE, SentencePiece's unigrams), or else from
-    ``vocab.json`` and ``merges.txt`` of CLIP, GPT-2 or RoBERTa.
+    ``vocab.json`` and ``merges.txt`` of CLIP, GPT-2 or RoBERTa, or from BERT's ``vocab.txt`` (`wordpiece`).
 
     Raises:
-      FileNotFoundError: the folder has neither.
+      FileNotFoundError: the folder has none of them.
       ValueError: the files are damaged, or of an unknown kind.
     """
     import tokenizers
 
-    from taskvec.data import bpe
+    from taskvec.data import bpe, wordpiece
 
     folder = pathlib.Path(folder)
     path = folder / "tokenizer.json"
@@ -33,11 +34,13 @@ def load_tokenizer(folder: str | os.PathLike):
             raise ValueError(f"{path} is not a tokenizer: {error}") from error
     elif all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
         tokenizer = bpe.load(folder)
+    elif (folder / "vocab.txt").is_file():
+        tokenizer = wordpiece.load(folder)
     else:
         what = f"it holds {listing(folder)}" if folder.is_dir() else "it is no folder"
         raise FileNotFoundError(
-            f"{folder} has no tokenizer.json, nor vocab.json and merges.txt ({what}); name a model's folder with its "
-            "tokenizer. A vocab.txt or spiece.model alone is not read: save the tokenizer with transformers once"
+            f"{folder} has no tokenizer.json, nor vocab.json and merges.txt, nor vocab.txt ({what}); name a model's "
+            "folder with its tokenizer. A spiece.model alone is not read: save the tokenizer with transformers once"
         )
     tokenizer.no_padding()
     tokenizer.no_truncation()
@@ -47,18 +50,37 @@ def load_tokenizer(folder: str | os.PathLike):
 def encode(texts: np.ndarray, tokenizer, max_length: int) -> dict[str, np.ndarray]:
     """Tokens of N texts: ``{"ids": int32 [N, M], "mask": bool [N, M]}``, M the longest, at most `max_length`.
 
-    Texts are ``[N]``, or ``[N, 2]`` for pairs, which are joined as the tokenizer joins them (no segment ids). Special
-    tokens count and survive truncation. Padding ids are 0 and false in the mask.
+    Texts are ``[N]``, or ``[N, 2]`` for pairs, which are joined as the tokenizer joins them. ``"type_ids"`` int32
+    ``[N, M]`` says which text of a pair a token is of (BERT's segments); it is left out where all are 0. Special tokens
+    count and survive truncation. Padding has id and type 0 and is false in the mask.
     """
     tokenizer.enable_truncation(max_length)
     pairs = [tuple(row) for row in texts] if np.ndim(texts) == 2 else list(texts)
-    rows = [encoding.ids for encoding in tokenizer.encode_batch(pairs)]
-    lengths = np.array([len(row) for row in rows], int)
+    encodings = tokenizer.encode_batch(pairs)
+    lengths = np.array([len(encoding.ids) for encoding in encodings], int)
     mask = np.arange(max(lengths, default=0)) < lengths[:, None]
-    ids = np.zeros(mask.shape, np.int32)
-    for out, row in zip(ids, rows, strict=True):
-        out[: len(row)] = row
-    return {"ids": ids, "mask": mask}
+
+    def padded(rows: list[list[int]]) -> np.ndarray:
+        made = np.zeros(mask.shape, np.int32)
+        for out, row in zip(made, rows, strict=True):
+            out[: len(row)] = row
+        return made
+
+    encoded = {"ids": padded([encoding.ids for encoding in encodings]), "mask": mask}
+    types = padded([encoding.type_ids for encoding in encodings])
+    return encoded | {"type_ids": types} if types.any() else encoded
+
+
+def with_types(tasks: Sequence[base.Task]) -> list[base.Task]:
+    """Encoded tasks with ``type_ids`` in all splits, if one has them: rows of several tasks make one batch."""
+    splits = [getattr(task, name) for task in tasks for name in base.SPLITS]
+    if not any("type_ids" in split.inputs for split in splits):
+        return list(tasks)
+
+    def typed(split: base.Split) -> base.Split:
+        return split._replace(inputs={"type_ids": np.zeros_like(split.inputs["ids"]), **split.inputs})
+
+    return [task._replace(**{name: typed(getattr(task, name)) for name in base.SPLITS}) for task in tasks]
 
 
 def encode_task(task: base.Task, tokenizer, max_length: int) -> base.Task:

@@ -60,8 +60,9 @@ def scored(scorer: Scorer, merged: Merged, batches_per_task: Sequence[Iterable[B
     outputs, labels = [], []
     for t, batches in enumerate(batches_per_task):
         batches = list(batches)
-        index = np.concatenate([batch["index"] for batch in batches])
-        label = np.concatenate([batch["label"] for batch in batches])
+        index, label = (
+            scorers.of_processes(np.concatenate([batch[key] for batch in batches])) for key in ("index", "label")
+        )
         labels.append(label[index >= 0][np.argsort(index[index >= 0])])
         z = scorer.outputs(merged.params_for(t), batches, len(labels[t]))
         outputs.append(np.asarray(merged.features_for(t, z)))

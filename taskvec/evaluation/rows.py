@@ -7,6 +7,7 @@ Accuracies under different protocols (checkpoint family, splits, heads) are diff
 import dataclasses
 import hashlib
 import json
+import pathlib
 import platform
 import resource
 import sys
@@ -19,11 +20,15 @@ import numpy as np
 from taskvec._version import __version__
 from taskvec.modular.results import KINDS
 
-DATA_ACCESS = ("none", "unlabelled test", "unlabelled train", "few labelled")
+DATA_ACCESS = ("none", "unlabelled test", "unlabelled train", "few labelled", "labelled train")
 
 
 def peak_memory_mb() -> float:
-    """Peak resident memory of this process since it started, in MB (2^20 bytes)."""
+    """Peak resident memory of this process, in MB (2^20 bytes): since it started, or since Linux was told to forget."""
+    status = pathlib.Path("/proc/self/status")
+    if status.is_file():
+        peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(peak.split()[1]) / 1024
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
@@ -59,7 +64,7 @@ class Row:
       seed: of the run.
       config_hash: of the whole configuration.
       normalised_accuracy: mean over tasks of ``accuracy_t / individual_t``; None if not known, see `with_normalised`.
-      peak_memory_mb: peak resident memory of the process when the row was made.
+      peak_memory_mb: peak resident memory of the process while the method ran and was scored, with all that it holds.
       versions: of libraries and device.
     """
 

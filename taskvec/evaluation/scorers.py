@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from taskvec.training import heads as heads_lib
 from taskvec.training.heads import Heads
@@ -125,7 +126,8 @@ def by_row(function: Callable[[Batch], Array], batches: Iterable[Batch], num_row
 
     Args:
       function: inputs of B rows -> ``[B, ...]``.
-      batches: inputs with ``index`` ``[B]``, the row in the split or -1 for padding.
+      batches: inputs with ``index`` ``[B]``, the row in the split or -1 for padding; of several processes each has its
+        part (`taskvec.data.batches.eval_batches`), and all get the whole back.
       num_rows: N.
 
     Raises:
@@ -135,10 +137,22 @@ def by_row(function: Callable[[Batch], Array], batches: Iterable[Batch], num_row
     for batch in batches:
         parts.append(function({key: x for key, x in batch.items() if key not in _NOT_INPUTS}))
         index.append(batch["index"])
-    index = np.concatenate(index)
+    index = of_processes(np.concatenate(index))
     rows = np.flatnonzero(index >= 0)
     if not np.array_equal(np.sort(index[rows]), np.arange(num_rows)):
         raise ValueError(
             f"batches must hold each of {num_rows} rows once, found {len(rows)} (an iterator is used up after one pass)"
         )
-    return np.concatenate([np.asarray(part) for part in parts])[rows[np.argsort(index[rows])]]
+    return of_processes(np.concatenate([np.asarray(part) for part in parts]))[rows[np.argsort(index[rows])]]
+
+
+def of_processes(x_N: np.ndarray) -> np.ndarray:
+    """The rows of all processes, which have as many each, in the order of the processes; every process must call it."""
+    if jax.process_count() == 1:
+        return x_N
+    if x_N.dtype != object:
+        return np.asarray(multihost_utils.process_allgather(x_N, tiled=True))
+    raw_N = np.array([text.encode() for text in x_N])  # texts, which may be of another length elsewhere
+    longest = int(of_processes(np.array([raw_N.dtype.itemsize], np.int32)).max())
+    codes_NxM = raw_N.astype(f"S{longest}").view(np.uint8).reshape(len(raw_N), longest)
+    return np.array([raw.decode() for raw in of_processes(codes_NxM).view(f"S{longest}").ravel()], object)

@@ -56,6 +56,10 @@ class View:
             return self.rest.path_of(name)
         return self.model.path_of(self.names[name])
 
+    def held(self, name: str) -> int:
+        """As `Model.held`."""
+        return self.model.held(self.names[name]) if name in self.names else 0
+
 
 @dataclasses.dataclass(frozen=True)
 class Aligned:

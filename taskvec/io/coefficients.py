@@ -45,16 +45,19 @@ def of(
     values: np.ndarray,
     groups: Sequence[str],
     tasks: Sequence[str],
-    method: str = "",
-    settings: Mapping[str, Any] | None = None,
+    method: str,
+    settings: Mapping[str, Any],
 ) -> Coefficients:
     """Coefficients of a run, from what `taskvec.adaptive.learn.Learned` holds.
+
+    Method and settings have no default: they tell which vectors the coefficients multiply (AdaMerging++'s are trimmed).
 
     Args:
       params: of the model, or their shapes; which groups its tensors are in follows from the names of the groups.
       values: ``[G, T]``.
       groups: names as `taskvec.tree.groups` gives them.
-      tasks, method, settings: see `Coefficients`.
+      tasks: names, in order of the columns.
+      method, settings: as in the result of the run, ``found.method, found.settings``.
 
     Raises:
       ValueError: no way to group this model's tensors gives these names; shapes do not fit; NaN or infinity.
@@ -75,7 +78,7 @@ def of(
         name: int(ids[path] if layer is None else ids[path][layer])
         for name, (path, layer) in trees.tensors(params).items()
     }
-    return Coefficients(values, tuple(groups), tuple(tasks), tensors, method, dict(settings or {}))
+    return Coefficients(values, tuple(groups), tuple(tasks), tensors, method, dict(settings))
 
 
 def save(path: PathLike, coefficients: Coefficients) -> None:

@@ -17,10 +17,13 @@ import numpy as np
 from taskvec.io.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LoraReader
 from taskvec.io.safetensors import SafetensorsReader
 from taskvec.io.safetensors_format import INDEX, SINGLE, listing, some
+from taskvec.io.torch_reader import is_torch, open_weights
 
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
+# A repository, perhaps a folder or file in it, perhaps a revision.
+_HUB_ID = re.compile(r"(\w[\w.-]*(?:/\w[\w.-]*)?)((?:/\w[\w.-]*)*)(?:@([\w./-]+))?")
 # Weights in other formats are left behind; everything else is small.
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken"]
+_HUB_TORCH = ["pytorch_model*.bin"]  # where there are no safetensors
 _PACKED = re.compile(
     r"\.(qweight|qzeros|g_idx|absmax|quant_map|nested_absmax|SCB|weight_packed|weight_scale(_inv)?|weight_zero_point)$"
     r"|\.quant_state\."
@@ -64,14 +67,18 @@ class Model:
         """The file that a tensor is read from."""
         return self.reader.path_of(name)
 
+    def held(self, name: str) -> int:
+        """Bytes that reading rows of a tensor takes besides them: its own where it is restored whole."""
+        return self.reader.held(name) if hasattr(self.reader, "held") else 0
+
 
 def open_model(ref: str | os.PathLike, base: Model | None = None, lora: str = "delta") -> Model:
     """Opens a model; only headers and configs are read.
 
     Args:
-      ref: a Hugging Face folder (``model.safetensors`` or shards with an index), a ``.safetensors`` file, an orbax
-        checkpoint or a folder of its numbered steps, a PEFT LoRA adapter, ``MODEL+ADAPTER``, or a hub id (``name`` or
-        ``owner/name``, with ``@revision``) if no file has that name.
+      ref: a Hugging Face folder (``model.safetensors`` or shards with an index, or where there is neither
+        ``pytorch_model.bin`` or its shards), a file with such weights, an orbax checkpoint or a folder of its numbered
+        steps, a PEFT LoRA adapter, ``MODEL+ADAPTER``, or what `from_hub` takes if no file has that name.
       base: the model that an adapter belongs to; where it is not given, the one that the adapter's config names.
       lora: ``delta`` reads an adapter as its base plus the product of its factors, ``factor`` as the factors alone.
 
@@ -88,18 +95,20 @@ def open_model(ref: str | os.PathLike, base: Model | None = None, lora: str = "d
         return dataclasses.replace(adapter, ref=ref, pinned=f"{base.pinned}+{adapter.pinned}")
     pinned = str(path.absolute())
     if not path.exists():
-        path = from_hub(ref)
-        pinned = f"{ref.partition('@')[0]}@{path.name}"
+        root, inside = _snapshot(ref)
+        path = root / inside
+        pinned = f"{ref.partition('@')[0]}@{root.name}"
     if (path / ADAPTER_CONFIG).is_file():
         return _open_adapter(ref, path, base, lora, pinned)
     home = path if path.is_dir() else None
     if home and not any((path / name).is_file() for name in (SINGLE, INDEX)):
-        # Imported late: orbax takes seconds to import, and most models are safetensors.
-        from taskvec.io import orbax_reader
+        if not is_torch(path):
+            # Imported late: orbax takes seconds to import, and most models are safetensors.
+            from taskvec.io import orbax_reader
 
-        if folder := orbax_reader.find(path):
-            reader = orbax_reader.OrbaxReader(folder)
-            return Model(ref, path, reader, reader.files, {}, "orbax", pinned)
+            if folder := orbax_reader.find(path):
+                reader = orbax_reader.OrbaxReader(folder)
+                return Model(ref, path, reader, reader.files, {}, "orbax", pinned)
         if only := _only_file(path):
             path = only
     config = _read_json(home / "config.json") if home else {}
@@ -107,7 +116,7 @@ def open_model(ref: str | os.PathLike, base: Model | None = None, lora: str = "d
         how = config["quantization_config"].get("quant_method", "a packed format")
         raise ValueError(f"{ref} is quantised ({how}, says its config.json); merge the unquantised checkpoint instead")
     # The merge itself looks for NaN and infinity.
-    reader = SafetensorsReader(path, check_finite=False)
+    reader = open_weights(path, check_finite=False)
     packed = sorted(name for name in reader.specs if _PACKED.search(name))
     if packed:
         raise ValueError(f"{ref} holds quantised weights ({some(packed, 3)}); merge the unquantised checkpoint instead")
@@ -135,30 +144,51 @@ def _open_adapter(ref: str, path: pathlib.Path, base: Model | None, lora: str, p
 
 
 def from_hub(ref: str) -> pathlib.Path:
-    """The folder of a hub id (``name`` or ``owner/name``, with ``@revision``), fetched if it is not here.
+    """The folder of a hub id, fetched if it is not here.
+
+    Args:
+      ref: ``name`` or ``owner/name``, or ``owner/name/FOLDER`` for a folder (or one file) of a repository, of which
+        nothing else is fetched; with ``@revision`` or without.
 
     Raises:
       FileNotFoundError: there is no such model, here or there.
     """
+    root, inside = _snapshot(ref)
+    return root / inside
+
+
+def _snapshot(ref: str) -> tuple[pathlib.Path, str]:
+    """As `from_hub`: the root of the repository, and what is meant in it."""
     here = f"{ref} is no file or folder here"
-    if not _HUB_ID.fullmatch(ref) or ref.endswith(".safetensors"):
+    found = _HUB_ID.fullmatch(ref)
+    name, inside, revision = found.groups() if found else ("", "", None)
+    inside = inside.removeprefix("/")
+    # A longer path that begins with a folder of this disk is a path.
+    if not found or (inside and pathlib.Path(ref).parents[-2].exists()) or name.endswith(".safetensors"):
         parent = pathlib.Path(ref).expanduser().parent
         near = f"{parent} holds {listing(parent)}" if parent.is_dir() else f"nor is {parent}"
         raise FileNotFoundError(f"{here}; {near}")
     # Imported late: only for models that are not on this disk.
     import huggingface_hub
 
-    name, _, revision = ref.partition("@")
+    def fetch(patterns: list[str]) -> pathlib.Path:
+        if inside:
+            patterns = [inside, *(f"{inside}/{pattern}" for pattern in patterns)]
+        return pathlib.Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
+
     try:
-        return pathlib.Path(
-            huggingface_hub.snapshot_download(name, revision=revision or None, allow_patterns=_HUB_FILES)
-        )
+        root = fetch(_HUB_FILES)
+        if not any((root / inside).glob("*.safetensors")) and not (root / inside).is_file():
+            root = fetch([*_HUB_FILES, *_HUB_TORCH])
     except Exception as error:  # whatever the libraries of the network raise
         why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FileNotFoundError(
             f"{here}, and the Hugging Face hub did not give a model of that name ({why}); check the spelling, or "
             "download the model where there is a network and name its folder"
         ) from error
+    if not (root / inside).exists():
+        raise FileNotFoundError(f"{here}, and the hub's {name} has no {inside or 'model'}; check the spelling")
+    return root, inside
 
 
 def _only_file(folder: pathlib.Path) -> pathlib.Path | None:

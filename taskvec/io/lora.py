@@ -120,6 +120,22 @@ class LoraReader:
                 "(save_pretrained with path_initial_model_for_weight_conversion) first"
             )
 
+    @property
+    def changed(self) -> frozenset[str]:
+        """Names of the tensors that the adapter changes."""
+        return frozenset((*self._factors, *self._whole))
+
+    def factors(self, name: str) -> tuple[np.ndarray, np.ndarray] | None:
+        """``(up [m, r], down [r, n])`` float32, what the adapter adds to a matrix ``[m, n]`` being ``up @ down``.
+
+        The scaling is in ``up``. ``None`` for tensors that it does not change, that are stored whole, or convolutions.
+        """
+        if name not in self._factors or len(self.specs[name].shape) != 2:
+            return None
+        a_key, b_key, scaling, transposed = self._factors[name]
+        a, b = (self._adapter.read(key).astype(np.float32) for key in (a_key, b_key))
+        return (scaling * a.T, b.T) if transposed else (scaling * b, a)
+
     def path_of(self, name: str) -> pathlib.Path:
         """The adapter's file for tensors that it changes, the base's for the others."""
         if name in self._factors or name in self._whole:

@@ -1,5 +1,6 @@
 """Orbax checkpoints as models: a tree's leaves by their paths, restored one whole leaf at a time."""
 
+import math
 import pathlib
 import threading
 from typing import Any
@@ -56,6 +57,11 @@ class OrbaxReader:
     def path_of(self, name: str) -> pathlib.Path:
         """The checkpoint's folder."""
         return self.folder
+
+    def held(self, name: str) -> int:
+        """Bytes that reading rows of a leaf takes besides them: the leaf, and once more while it is restored."""
+        spec = self.specs[name]
+        return 2 * math.prod(spec.shape) * spec.dtype.itemsize
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
         """A leaf, or some of its rows."""

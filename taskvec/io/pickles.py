@@ -20,7 +20,7 @@ from taskvec.io.safetensors_format import PathLike
 DAMAGED = (pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError, AttributeError, OverflowError)
 
 
-class Forbidden(pickle.UnpicklingError):
+class Forbidden(pickle.UnpicklingError, ValueError):
     """A pickle asked for a name outside the allow-list; nothing of it was run."""
 
 

@@ -10,12 +10,14 @@ followed by raw storages.
 """
 
 import collections
+import functools
 import io
 import math
 import pathlib
 import sys
 import zipfile
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
@@ -47,6 +49,29 @@ class TorchTensor(NamedTuple):
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether its entries follow each other in the storage."""
+        width = 1
+        for n, step in zip(reversed(self.shape), reversed(self.strides), strict=True):
+            if n > 1 and step != width:
+                return False
+            width *= n
+        return True
+
+    def of(self, numbers: np.ndarray) -> np.ndarray:
+        """A view of the storage's numbers; the tensor must lie inside them."""
+        steps = tuple(step * numbers.itemsize for step in self.strides)
+        return np.lib.stride_tricks.as_strided(numbers[self.offset :], self.shape, steps)
+
+
+class Span(NamedTuple):
+    """Where a storage lies in its file: the first byte, how many there are, and their CRC-32 if the file has it."""
+
+    start: int
+    size: int
+    checksum: int | None = None
 
 
 class TorchUnpickler(RestrictedUnpickler):
@@ -90,18 +115,47 @@ def read(
       unpickler: what is allowed in its pickle.
       tensors_of: what to read, from what was unpickled.
     """
+    tensors, spans = places(path, unpickler, tensors_of)
+    with open(path, "rb") as file:
+
+        @functools.cache
+        def numbers(storage: _Storage) -> np.ndarray:
+            start, size, checksum = spans[storage.key]
+            file.seek(start)
+            data = file.read(size)
+            if checksum is not None and zlib.crc32(data) != checksum:
+                raise ValueError(f"{path} is damaged: the checksum of storage {storage.key} is another")
+            return np.frombuffer(data, storage.dtype, storage.size)
+
+        # `order="C"` makes the copy contiguous whatever the strides in the file were.
+        return {
+            name: tensor.of(numbers(tensor.storage)).copy(order="C")
+            if math.prod(tensor.shape)
+            else np.empty(tensor.shape, tensor.storage.dtype)
+            for name, tensor in tensors.items()
+        }
+
+
+def places(
+    path: PathLike,
+    unpickler: type[TorchUnpickler] = TorchUnpickler,
+    tensors_of: Callable[[Any], dict[str, TorchTensor]] | None = None,
+) -> tuple[dict[str, TorchTensor], dict[str, Span]]:
+    """The tensors of a file, which all lie inside it, and where its storages are, by their keys; as `read`."""
     path = pathlib.Path(path)
     with open(path, "rb") as file:
         try:
-            read_layout = _read_zip if zipfile.is_zipfile(file) else _read_legacy
-            tensors, storages = read_layout(file, lambda file: unpickler(file, str(path)), tensors_of)
+            layout = _zip_layout if zipfile.is_zipfile(file) else _legacy_layout
+            tensors, spans = layout(file, lambda file: unpickler(file, str(path)), tensors_of or _flat_dict)
         except Forbidden:
             raise
         except Odd as error:
             raise ValueError(f"{path}{error}") from None
         except (*DAMAGED, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} is damaged or is no PyTorch state dict: {error}") from error
-    return {name: _array(path, name, tensor, storages) for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        _check_inside(f"{path}: tensor {name}", tensor, spans)
+    return tensors, spans
 
 
 class Odd(Exception):
@@ -137,22 +191,33 @@ def _torch_names() -> dict[tuple[str, str], Any]:
     }
 
 
-def _read_zip(file: BinaryIO, unpickler: Callable, tensors_of: Callable) -> tuple[dict, Callable[[_Storage], bytes]]:
-    """The tensors of a zip checkpoint, and a function giving the bytes of a storage."""
+def _zip_layout(file: BinaryIO, unpickler: Callable, tensors_of: Callable) -> tuple[dict, dict[str, Span]]:
+    """The tensors of a zip checkpoint, and where their storages are."""
     with zipfile.ZipFile(file) as archive:
-        members = {name.partition("/")[2]: name for name in archive.namelist()}
+        members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
         if "data.pkl" not in members:
             raise ValueError("it is a zip archive without data.pkl")
         if "byteorder" in members and archive.read(members["byteorder"]).strip() != sys.byteorder.encode():
             raise ValueError("it was written on a machine of the other byte order")
         tensors = tensors_of(unpickler(io.BytesIO(archive.read(members["data.pkl"]))).load())
-        wanted = {tensor.storage for tensor in tensors.values()}
-        data = {storage: archive.read(members[f"data/{storage.key}"]) for storage in wanted}
-    return tensors, data.__getitem__
+    names = {tensor.storage.key: f"data/{tensor.storage.key}" for tensor in tensors.values()}
+    return tensors, {key: _member(file, members[name]) for key, name in names.items() if name in members}
 
 
-def _read_legacy(file: BinaryIO, unpickler: Callable, tensors_of: Callable) -> tuple[dict, Callable[[_Storage], bytes]]:
-    """As `_read_zip` for the layout before PyTorch 1.6: magic, version, machine, table, keys, then raw storages."""
+def _member(file: BinaryIO, info: zipfile.ZipInfo) -> Span:
+    """Where the bytes of a stored member of a zip archive are: after its own header, which has a name and extras."""
+    if info.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"its {info.filename} is compressed, which PyTorch never does; save it with torch.save again")
+    file.seek(info.header_offset)
+    header = file.read(30)
+    if len(header) < 30 or header[:4] != b"PK\x03\x04":
+        raise ValueError(f"there is no {info.filename} where its table of contents says")
+    name, extra = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
+    return _span(file, info.header_offset + 30 + name + extra, info.file_size, info.CRC)
+
+
+def _legacy_layout(file: BinaryIO, unpickler: Callable, tensors_of: Callable) -> tuple[dict, dict[str, Span]]:
+    """As `_zip_layout` for the layout before PyTorch 1.6: magic, version, machine, table, keys, then raw storages."""
     file.seek(0)
     magic, _, machine = (unpickler(file).load() for _ in range(3))
     if magic != _LEGACY_MAGIC:
@@ -161,31 +226,31 @@ def _read_legacy(file: BinaryIO, unpickler: Callable, tensors_of: Callable) -> t
         raise ValueError("old checkpoints are read only where both machines are little-endian")
     pickled = unpickler(file)
     tensors = tensors_of(pickled.load())
-    data = {}
-    for key in unpickler(file).load():
-        size = int.from_bytes(file.read(8), "little", signed=True)
-        data[key] = file.read(natural(size, "size of a storage") * pickled.widths[key])
-    return tensors, lambda storage: data[storage.key]
+    spans, keys = {}, unpickler(file).load()
+    at = file.tell()
+    for key in keys:
+        file.seek(at)
+        size = natural(int.from_bytes(file.read(8), "little", signed=True), "size of a storage") * pickled.widths[key]
+        spans[key] = _span(file, at + 8, size)
+        at += 8 + size
+    return tensors, spans
 
 
-def _array(path: pathlib.Path, name: str, tensor: TorchTensor, storages: Callable[[_Storage], bytes]) -> np.ndarray:
-    """Cuts one tensor out of its storage, after checking that every element lies inside it."""
+def _span(file: BinaryIO, start: int, size: int, checksum: int | None = None) -> Span:
+    """A span that ends where the file ends, at the latest."""
+    return Span(start, max(0, min(size, file.seek(0, io.SEEK_END) - start)), checksum)
+
+
+def _check_inside(where: str, tensor: TorchTensor, spans: Mapping[str, Span]) -> None:
+    """Raises `ValueError` unless every entry of a tensor lies inside its storage, and that inside the file."""
     storage, offset, shape, strides = tensor
-    where = f"{path}: tensor {name}"
-    try:
-        data = storages(storage)
-    except KeyError as error:
-        raise ValueError(f"{where}: its storage {storage.key!r} is not in the file") from error
-    if len(data) < storage.size * storage.dtype.itemsize:
-        raise ValueError(f"{where}: its storage has {len(data)} bytes, but the file announces {storage.size} numbers")
+    if storage.key not in spans:
+        raise ValueError(f"{where}: its storage {storage.key!r} is not in the file")
+    size = spans[storage.key].size
+    if size < storage.size * storage.dtype.itemsize:
+        raise ValueError(f"{where}: its storage has {size} bytes, but the file announces {storage.size} numbers")
     count = math.prod(shape)
     last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
     # More elements than the storage holds means overlapping ones (an expanded tensor), which could be of any size.
     if count and (last >= storage.size or count > storage.size):
         raise ValueError(f"{where}: shape {shape}, strides {strides} reach beyond its {storage.size} numbers")
-    flat = np.frombuffer(data, storage.dtype, storage.size)
-    if not count:
-        return np.empty(shape, storage.dtype)
-    steps = tuple(s * storage.dtype.itemsize for s in strides)
-    # `order="C"` makes the copy contiguous whatever the strides in the file were.
-    return np.lib.stride_tricks.as_strided(flat[offset:], shape, steps).copy(order="C")

@@ -33,8 +33,10 @@ from taskvec.merging.registry import Card, Method, method, methods, register
 from taskvec.merging.regmean import regmean, regmean_plusplus
 from taskvec.merging.results import PerTask
 from taskvec.merging.sce import sce
+from taskvec.merging.search import pcb_search, soup_search
 from taskvec.merging.slerp import multi_slerp, nuslerp, slerp
-from taskvec.merging.streamed import merge_streamed, plan_streamed
+from taskvec.merging.stream_plan import plan_streamed
+from taskvec.merging.streamed import merge_streamed
 from taskvec.merging.svc import svc_ta
 from taskvec.merging.tall_masks import tall_masks, tall_masks_ties
 from taskvec.merging.task_arithmetic import task_analogy, task_arithmetic, task_negation
@@ -101,6 +103,8 @@ register(
     nearswap,
     arcee_fusion,
     copa,
+    soup_search,
+    pcb_search,
 )
 
 __all__ = ["Card", "Method", "PerTask", "merge", "merge_streamed", "method", "methods", "plan_streamed", "register"]

@@ -6,6 +6,22 @@ from taskvec.merging.registry import Card, method
 from taskvec.transforms import Chain, chain, elect_signs, sum_by_name, trim
 
 
+def agreeing(plus_plus: bool | str) -> Chain:
+    """AdaMerging++'s task vectors: the largest 20 % of each, without the entries against the elected sign.
+
+    False leaves them as they are. ``"released"`` has the rules of the released code: one entry more is kept, and where
+    signs cancel exactly the majority sign of the model is elected.
+
+    Raises:
+      ValueError: neither of these.
+    """
+    if plus_plus not in (False, True, "released"):
+        raise ValueError(f"plus_plus={plus_plus!r}; allowed: False, True, 'released'")
+    if plus_plus == "released":
+        return chain(trim(density=0.2, rule="released"), elect_signs("majority"))
+    return chain(trim(density=0.2), elect_signs()) if plus_plus else chain()
+
+
 @method(
     "coefficients",
     Card(
@@ -19,7 +35,7 @@ from taskvec.transforms import Chain, chain, elect_signs, sum_by_name, trim
 def coefficients(
     table: Sequence[tuple[str, Sequence[float]]] = (),
     rest: float = 0.0,
-    plus_plus: bool = False,
+    plus_plus: bool | str = False,
     file: str = "",
 ) -> Chain:
     """``theta_l = theta0_l + sum_t lam_{l,t} tau_{l,t}`` for tensor l.
@@ -31,7 +47,7 @@ def coefficients(
     Args:
       table: pairs of a per-layer path (blocks/3/mlp/up/kernel) or, of checkpoints, a tensor's name, and T numbers.
       rest: coefficient of every task vector in tensors that the table does not name.
-      plus_plus: of task vectors that are trimmed and sign-elected first, as AdaMerging++ learns them.
+      plus_plus: of task vectors that are trimmed and sign-elected first, as AdaMerging++ learns them; see `agreeing`.
       file: where the table comes from; read by the command alone.
     """
     if file and not table:
@@ -39,5 +55,4 @@ def coefficients(
             "file= is read by `taskvec merge`; in memory pass table=taskvec.io.coefficients.load(file).table()"
         )
     pairs = tuple((name, tuple(float(w) for w in weights)) for name, weights in table)
-    first = (trim(density=0.2), elect_signs()) if plus_plus else ()
-    return chain(*first, sum_by_name(pairs, rest))
+    return chain(agreeing(plus_plus), sum_by_name(pairs, rest))

@@ -35,10 +35,10 @@ def merge_adapters(density: float = 0.2, quantile: float = 0.8, fuse: float = 2.
         raise ValueError(f"quantile must lie in [0, 1), got {quantile}")
 
     def product(x: Array, leaf: Leaf) -> Array:
-        factors = [leaf.extras[name].astype(jnp.float32) for name in ("lora_a", "lora_b")]
-        a, b = merge_factors(*factors, density, quantile, fuse)
-        if (b.shape[0], a.shape[1]) != x.shape[1:]:
-            raise ValueError(f"LoRA factors b {b.shape} and a {a.shape} for a matrix [out, in] of shape {x.shape[1:]}")
+        a, b = (leaf.extras[name].astype(jnp.float32) for name in ("lora_a", "lora_b"))
+        if a.ndim != 3 or b.shape != (len(x), x.shape[1], a.shape[1]) or a.shape[::2] != x.shape[::2]:
+            raise ValueError(f"LoRA factors b {b.shape} and a {a.shape} for matrices [out, in] of shape {x.shape}")
+        a, b = merge_factors(a, b, density, quantile, fuse)
         return b @ a
 
     def apply(x: Array, leaf: Leaf, stats: tuple) -> Array:

@@ -55,6 +55,9 @@ class Card:
         missing = [each for each in self.extras if each not in extras]
         if missing:
             raise ValueError(f"{name} needs extras {missing}: trees computed from data, see its card")
+        surplus = sorted(set(extras) - set(self.extras))
+        if surplus:
+            raise ValueError(f"{name} has no use for extras {surplus}; it takes {list(self.extras) or 'none'}")
 
     def __post_init__(self):
         for value, allowed in ((self.data, DATA), (self.result, RESULTS), (self.base, BASES)):
@@ -85,20 +88,51 @@ class Method:
         return chain(self.build(**settings))
 
 
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """A published method that needs the scores of models on held-out data too, from a function `evaluate`.
+
+    Attributes:
+      name, card: as of a `Method`; ``data`` is what `evaluate` looks at.
+      run: the function of `merging.search`.
+      call: how it is called from Python.
+      then: how `taskvec merge` applies what it found.
+    """
+
+    name: str
+    card: Card
+    run: Callable
+    call: str
+    then: str
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The published settings; not what scores, records or resumes."""
+        parameters = inspect.signature(self.run).parameters.values()
+        others = ("score", "earlier", "on_trial")
+        return {p.name: p.default for p in parameters if p.default is not p.empty and p.name not in others}
+
+    @property
+    def how(self) -> str:
+        """What to do instead of a merge by its name."""
+        return f"call taskvec.merging.search.{self.call} from Python; what it finds is merged by `{self.then}`"
+
+
 def method(name: str, card: Card) -> Callable[[Callable], Method]:
     """Decorator that makes a `Method` of a function ``(settings with defaults) -> chain``."""
     return lambda build: Method(name, card, build)
 
 
 _METHODS: dict[str, Method] = {}
+_SEARCHES: dict[str, Search] = {}
 
 
-def register(*new: Method) -> None:
+def register(*new: Method | Search) -> None:
     """Adds methods to the registry; the library's own are added in `taskvec/merging/__init__.py`."""
     for each in new:
-        if each.name in _METHODS and _METHODS[each.name] is not each:
+        if (_METHODS | _SEARCHES).get(each.name, each) is not each:
             raise ValueError(f"a method named {each.name!r} is registered already; choose another name")
-        _METHODS[each.name] = each
+        (_SEARCHES if isinstance(each, Search) else _METHODS)[each.name] = each
 
 
 def methods() -> Mapping[str, Method]:
@@ -106,8 +140,15 @@ def methods() -> Mapping[str, Method]:
     return dict(_METHODS)
 
 
+def searches() -> Mapping[str, Search]:
+    """All registered searches by name."""
+    return dict(_SEARCHES)
+
+
 def get(name: str) -> Method:
-    """Looks a method up; an unknown name raises `ValueError` with all names there are."""
+    """Looks a method up; an unknown name raises `ValueError` with all names there are, a search with what to do."""
+    if name in _SEARCHES:
+        raise ValueError(f"{name} needs the scores of models on held-out data: {_SEARCHES[name].how}")
     if name not in _METHODS:
         hint = did_you_mean(name, _METHODS)
         raise ValueError(f"unknown method {name!r}{hint}; there are: {', '.join(sorted(_METHODS))}")

@@ -18,6 +18,7 @@ from taskvec.merging import protocols
 from taskvec.merging.api import Which, merge
 from taskvec.merging.evolution import cma_es
 from taskvec.merging.protocols import BOXES, GRIDS, Box, Grid, Score, negation, normalised, trade_off
+from taskvec.merging.registry import Card, Search
 from taskvec.merging.soup import Soup, greedy_soup
 from taskvec.merging.trials import Evaluate, Found, Record, Trial
 from taskvec.tree import Tree
@@ -35,7 +36,9 @@ __all__ = [
     "grid",
     "negation",
     "normalised",
+    "pcb_search",
     "per_task",
+    "soup_search",
     "trade_off",
 ]
 
@@ -170,3 +173,35 @@ def evolve(
             # The value of the start is only recorded: the strategy learns from whole generations.
             point = next(points) if number == 0 else points.send(value)
     return record.found()
+
+
+soup_search = Search(
+    "greedy_soup",
+    Card(
+        title="Model soups: averaging weights of multiple fine-tuned models improves accuracy without increasing "
+        "inference time",
+        arxiv="2203.05482",
+        year=2022,
+        summary="average of those fine-tunings of one task that raise the score on held-out data",
+        data="few labelled",
+        base="optional",
+    ),
+    greedy_soup,
+    "greedy_soup(models, evaluate)",
+    "taskvec merge --method weight_average --expert ...",
+)
+pcb_search = Search(
+    "pcb_search",
+    Card(
+        title="Parameter Competition Balancing for Model Merging",
+        arxiv="2410.02396",
+        year=2024,
+        summary="PCB-Merging with one weight a task, by an evolution strategy on held-out data",
+        data="few labelled",
+        ordered=True,
+        released_code="its language experiments search on the test split; box='pcb_nlp' has their bounds",
+    ),
+    evolve,
+    'evolve("pcb", pretrained, finetuned, evaluate)',
+    "taskvec merge --method pcb --set weights=...",
+)

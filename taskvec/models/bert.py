@@ -138,10 +138,11 @@ def apply(config: Config, params: Tree, batch: Mapping[str, Array], **how: Any) 
       config: of the model.
       params: as `abstract` describes; the tables of ``params["embeddings"]`` may be any objects with
         ``take(ids, axis=0)``.
-      batch: ``ids`` int32 ``[B, N]``, ``mask`` bool ``[B, N]`` (false at padding); every token has type 0. Or packed,
-        with several sentences in a row (`taskvec.data.packing`): ``ids`` int32 ``[R, N]``, ``sentence`` int32
-        ``[R, N]``, the number of a token's sentence (-1 at padding), and ``first`` int32 ``[S]``, where in
-        ``ids.ravel()`` a sentence begins.
+      batch: ``ids`` int32 ``[B, N]``, ``mask`` bool ``[B, N]`` (false at padding). Or packed, with several sentences in
+        a row (`taskvec.data.packing`): ``ids`` int32 ``[R, N]``, ``sentence`` int32 ``[R, N]``, the number of a token's
+        sentence (-1 at padding), and ``first`` int32 ``[S]``, where in ``ids.ravel()`` a sentence begins. In both
+        ``type_ids``, int32 like ``ids``, may say which text of a pair a token is of: 0, as without it, or 1. A model
+        with one type (RoBERTa) does not look at them.
       **how: see `taskvec.models.layers.Options`. Hooks and captured pieces see packed rows as they are.
 
     Returns:
@@ -159,7 +160,7 @@ def apply(config: Config, params: Tree, batch: Mapping[str, Array], **how: Any) 
     tables = params["embeddings"]
     x = tables["word"].take(batch["ids"], axis=0)
     x += tables["position"].take((_packed_positions if packed else _positions)(config, batch), axis=0)
-    x += tables["token_type"].take(jnp.zeros(1, jnp.int32), axis=0)
+    x += _types(config, tables["token_type"], batch)
     x = layers.layer_norm(tables["norm"], x.astype(options.dtype or x.dtype), config.layer_norm_eps)
     bias = layers.packed_bias(batch["sentence"]) if packed else layers.padding_bias(batch["mask"])
     block = functools.partial(_block, config, bias)
@@ -181,6 +182,14 @@ def _mean_of_sentences(x_RxNxD: Array, batch: Mapping[str, Array]) -> Array:
     add = functools.partial(jax.ops.segment_sum, segment_ids=segment, num_segments=sentences + 1)
     total_SxD = add(x_RxNxD.reshape(segment.size, -1).astype(jnp.float32))[:-1]
     return total_SxD / jnp.maximum(add(jnp.ones(segment.size))[:-1, None], 1e-9)
+
+
+def _types(config: Config, table: Any, batch: Mapping[str, Array]) -> Array:
+    """What the tokens' types add: ``[1, d]`` where all have type 0, else ``[B, N, d]``."""
+    if "type_ids" not in batch or config.type_vocab_size == 1:
+        return table.take(jnp.zeros(1, jnp.int32), axis=0)
+    # A table may merge the rows that are asked for: ask for each once.
+    return jnp.take(table.take(jnp.arange(config.type_vocab_size), axis=0), batch["type_ids"], axis=0)
 
 
 def _positions(config: Config, batch: Mapping[str, Array]) -> Array:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from taskvec.io import safetensors
+from taskvec.io import torch_reader
 from taskvec.io.safetensors_format import some
 from taskvec.models.base import Array, Model
 from taskvec.tree import Tree
@@ -48,7 +48,7 @@ def load(folder: str | os.PathLike, name: str) -> Callable[[np.ndarray], np.ndar
     """The head of a Hugging Face folder, a function ``features [N, d] -> logits [N, C]``.
 
     Args:
-      folder: with safetensors.
+      folder: with safetensors, or ``pytorch_model.bin``.
       name: of the architecture.
 
     Raises:
@@ -56,7 +56,7 @@ def load(folder: str | os.PathLike, name: str) -> Callable[[np.ndarray], np.ndar
       ValueError: the file has no such head.
     """
     _check(name)
-    reader = safetensors.SafetensorsReader(folder, check_finite=True)
+    reader = torch_reader.open_weights(folder)
     missing = [f"{module}.weight" for module in LAYERS[name] if f"{module}.weight" not in reader.specs]
     if missing:
         raise ValueError(

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from taskvec import tree as trees
-from taskvec.io import names, safetensors, torch_checkpoint
+from taskvec.io import names, safetensors, torch_checkpoint, torch_reader
 from taskvec.io.safetensors_format import listing, write_text
+from taskvec.io.tensor_files import TensorFiles
 from taskvec.models import bert, clip, efficientnet, gpt2, llama, t5, vit
 from taskvec.models.base import Model
 from taskvec.tree import Tree
@@ -67,8 +68,9 @@ def load(path: PathLike, dtype: Any = jnp.float32, part: str | None = None) -> t
     """Loads a model and its params.
 
     Args:
-      path: a Hugging Face folder (``config.json`` and safetensors), a folder written by `save`, or the ``.pth`` file of
-        EfficientNet-Lite0, whose batch normalisation is folded into the convolutions.
+      path: a Hugging Face folder (``config.json`` and safetensors, or without these ``pytorch_model.bin``), a folder
+        written by `save`, or the ``.pth`` file of EfficientNet-Lite0, whose batch normalisation is folded into the
+        convolutions.
       dtype: of the params.
       part: of the model, instead of all of it: see `taskvec.models.clip` and `taskvec.models.vit`. Saving it with this
         folder as `source` copies the rest.
@@ -83,7 +85,7 @@ def load(path: PathLike, dtype: Any = jnp.float32, part: str | None = None) -> t
     if path.suffix in TORCH:
         params = efficientnet.fold(torch_checkpoint.load_state_dict(path))
     else:
-        reader = safetensors.SafetensorsReader(path, check_finite=True)
+        reader = torch_reader.open_weights(path)
         tensors = {name: reader.read(name) for name in _wanted(model, reader)}
         _check_copies(path, model, reader, tensors)
         params = _to_tree(model, tensors)
@@ -134,7 +136,7 @@ def _config(folder: pathlib.Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def _wanted(model: Model, reader: safetensors.SafetensorsReader) -> list[str]:
+def _wanted(model: Model, reader: TensorFiles) -> list[str]:
     """The names of the file that are part of the params; found from the header, before a tensor is read."""
     return list(names.places(model.table, reader.specs) if model.table is not None else reader.specs)
 
@@ -155,7 +157,7 @@ def _with_rest_of(source: pathlib.Path, model: Model, tensors: dict[str, np.ndar
     """The tensors under the names that `source` gives them, with its tensors that are no part of the params."""
     if model.table is None:
         return tensors
-    reader = safetensors.SafetensorsReader(source)
+    reader = torch_reader.open_weights(source)
     mine = names.places(model.table, tensors)
     here = {place.path: name for name, place in mine.items()}
     theirs = names.places(model.table, reader.specs)
@@ -165,9 +167,7 @@ def _with_rest_of(source: pathlib.Path, model: Model, tensors: dict[str, np.ndar
     return {n: tensors[here[path_of[n]]] if n in path_of else reader.read(n) for n in reader.specs}
 
 
-def _check_copies(
-    path: pathlib.Path, model: Model, reader: safetensors.SafetensorsReader, tensors: dict[str, np.ndarray]
-) -> None:
+def _check_copies(path: pathlib.Path, model: Model, reader: TensorFiles, tensors: dict[str, np.ndarray]) -> None:
     """Tied tensors that a file holds twice must be equal; the model here has them once."""
     if model.table is None:
         return

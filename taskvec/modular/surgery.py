@@ -5,11 +5,11 @@
 on unlabelled rows, the merged encoder frozen: features of merged model and expert are computed once and cached, and
 training takes seconds. Rows of the test set make it transductive (as published), held-out rows inductive.
 
-*Centred* Surgery (our default) feeds D with ``x = (z - mu_t) / s_t`` and scales the correction back, ``z' = z - s_t U_t
-relu(D_t x)``; mu_t is the mean merged feature of the task and s_t the root mean square of ``z - mu_t``. Features that
-are non-negative (pooled after a ReLU) share an offset that otherwise moves all pre-activations together: units die in a
-few steps of Adam, in the worst case all of them, and the module stays the identity for good. Nor does the correction
-depend on the units of the features. ``center=False`` is the paper's form.
+*Centred* Surgery (``center=True``, ours) feeds D with ``x = (z - mu_t) / s_t`` and scales the correction back, ``z' = z
+- s_t U_t relu(D_t x)``; mu_t is the mean merged feature of the task and s_t the root mean square of ``z - mu_t``.
+Features that are non-negative (pooled after a ReLU) share an offset that otherwise moves all pre-activations together:
+units die in a few steps of Adam, in the worst case all of them, and the module stays the identity for good. Nor does
+the correction depend on the units of the features then.
 """
 
 import functools
@@ -31,9 +31,13 @@ from taskvec.adaptive.teachers import through, with_targets
 from taskvec.merging import registry
 from taskvec.merging.registry import Card
 from taskvec.modular import results
+from taskvec.training import heads
 from taskvec.tree import Tree
 
 Array = jax.Array
+
+# Of `fit.Loop`, by both versions.
+NOT_HEEDED = {"evaluate": "it trains adapters beside a merged model", "pieces": "it takes no gradient of the merge"}
 
 
 class Adapters(NamedTuple):
@@ -80,7 +84,7 @@ def train(
     expert: Sequence[np.ndarray],
     *,
     rank: int = 16,
-    center: bool = True,
+    center: bool = False,
     steps: int = 1000,
     batch_size: int = 16,
     learning_rate: float = 1e-3,
@@ -146,8 +150,7 @@ def _trained(
     run = make_fit(loss_fn, optax.adam(learning_rate), chunk=loop.chunk)
     frozen = {"features": (pad(merged), pad(expert)), "center": start.center, "scale": start.scale}
     frozen = jax.tree.map(jnp.asarray, frozen)
-    watch = loop._replace(evaluate=None).watch()
-    done = run({"down": start.down, "up": start.up}, batches, steps, frozen=frozen, **watch)
+    done = run({"down": start.down, "up": start.up}, batches, steps, frozen=frozen, **loop.watch())
     return start._replace(**done.learnables), done
 
 
@@ -184,7 +187,8 @@ def merged_model(problem: Problem, on: str | Tree) -> Tree:
         result="task-conditioned",
         released_code=(
             "as here with torch 2; with older torch, steps for one task also move the others by their moments. Its "
-            "weight average leaves out the eighth task. FusionBench: one batch a task and iteration, 1000 iterations"
+            "weight average leaves out the eighth task. FusionBench: one batch a task and iteration, 1000 iterations, "
+            "on normalised features (normalise=True)"
         ),
     ),
 )
@@ -195,6 +199,7 @@ def surgery(
     on: str | Tree = "task_arithmetic",
     rank: int = 16,
     center: bool = False,
+    normalise: bool = False,
     steps: int = 1000,
     learning_rate: float = 1e-3,
     per_task: int = 16,
@@ -211,21 +216,26 @@ def surgery(
       on: see `merged_model`; published are weight average, task arithmetic, TIES and (best) AdaMerging.
       rank: r; higher is better (the authors' README).
       center: see the module's docstring; False is the paper's form.
+      normalise: correct features of unit norm (FusionBench), not those before.
       steps: of Adam, each on one batch of every task: 500 iterations of two batches, as published.
       learning_rate: of Adam.
       per_task: rows of a task in a step.
       seed: of the rows drawn, and of D.
-      loop: see `fit.Loop`; `evaluate` is not called.
+      loop: see `fit.Loop`; not `evaluate` and `pieces`.
 
     Raises:
-      ValueError: see `merged_model`.
+      ValueError: see `merged_model`; a loop with what is not heeded.
     """
     problem.check_not_linear("surgery")
+    loop.refuse("surgery", **NOT_HEEDED)
     params = merged_model(problem, on)
     rows = rows if rows.targets else with_targets(problem, rows)
     mine = [through(problem.apply_fn, params, rows, t)["features"] for t in range(len(rows.counts))]
     theirs = [np.asarray(targets["features"]) for targets in rows.targets]
+    of = heads.normalise if normalise else lambda z: z
+    mine, theirs = ([np.asarray(of(z)) for z in each] for each in (mine, theirs))
     adapters, done = _trained(mine, theirs, rank, center, steps, per_task, learning_rate, seed, loop)
-    merged = results.corrected(results.static(params), functools.partial(apply, adapters))
+    corrected = lambda task, z: apply(adapters, task, of(jnp.asarray(z)))
+    merged = results.corrected(results.static(params), corrected)
     learnables = jax.tree.map(np.asarray, adapters._asdict())
     return Learned(params, learnables, done.history, merged=merged)

@@ -23,7 +23,7 @@ from taskvec.adaptive.rows import Rows, split_tasks, together
 from taskvec.adaptive.teachers import with_targets
 from taskvec.merging.registry import Card
 from taskvec.modular.results import Merged
-from taskvec.modular.surgery import merged_model
+from taskvec.modular.surgery import NOT_HEEDED, merged_model
 from taskvec.tree import Tree
 
 Array = jax.Array
@@ -133,14 +133,16 @@ def surgery_v2(
       learning_rate: of Adam.
       per_task: rows of a task in a step.
       seed: of the rows drawn, and of D.
-      loop: see `fit.Loop`; `evaluate` is not called.
+      loop: see `fit.Loop`; not `evaluate` and `pieces`.
 
     Raises:
-      ValueError: see `surgery.merged_model`; the model has no blocks, or several stacks of them.
+      ValueError: see `surgery.merged_model`; the model has no blocks, or several stacks of them; a loop with what is
+        not heeded.
     """
     if not problem.scanned:
         raise ValueError("surgery_v2 hooks into stacked blocks: it needs a model with scanned=True")
     problem.check_not_linear("surgery_v2")
+    loop.refuse("surgery_v2", **NOT_HEEDED)
     if len(rows.counts) != problem.num_tasks:
         raise ValueError(f"{problem.num_tasks} task vectors but rows of {len(rows.counts)} tasks")
     blocks.stack_of(problem.theta0)
@@ -156,8 +158,7 @@ def surgery_v2(
         return l1_T.sum(), {"l1": l1_T}
 
     fit = make_fit(loss_fn, optax.adam(learning_rate), chunk=loop.chunk)
-    watch = loop._replace(evaluate=None).watch()
-    done = fit(start, together(rows, per_task, seed), steps, frozen=params, seed=seed, **watch)
+    done = fit(start, together(rows, per_task, seed), steps, frozen=params, seed=seed, **loop.watch())
     adapters = done.learnables
 
     def params_for(task: int) -> Tree:

@@ -15,7 +15,7 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from taskvec.merging.streamed import Reader
+from taskvec.merging.stream_plan import Reader
 from taskvec.recipes.grammar import Parsed, parse as parse_mapping, read
 from taskvec.recipes.groups import Group, Row, View, make_groups, make_table
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from taskvec import tree as trees, vectors
 from taskvec.merging import mergekit
-from taskvec.merging.streamed import Reader
+from taskvec.merging.stream_plan import Reader
 from taskvec.recipes.grammar import Parsed, Slice, base_of, merged_of
 from taskvec.recipes.parameters import resolve
 from taskvec.transforms import Chain
@@ -36,6 +36,10 @@ class View:
     def path_of(self, name: str) -> Any:
         """The file of a tensor, for messages."""
         return self.reader.path_of(self.names[name])
+
+    def held(self, name: str) -> int:
+        """As `taskvec.merging.stream_plan.Reader` says."""
+        return self.reader.held(self.names[name]) if hasattr(self.reader, "held") else 0
 
 
 class Group(NamedTuple):

@@ -3,6 +3,7 @@
 A `recipes.Recipe` gives the optimiser, a `trainable.Trainable` what it moves, an objective the loss.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,24 +21,26 @@ from taskvec.tree import Tree
 
 Array = jax.Array
 Batch = dict[str, np.ndarray]
-Objective = Callable[[dict[str, Array], Any, dict[str, Array]], tuple[Array, dict[str, Array]]]
+Objective = Callable[..., tuple[Array, dict[str, Array]]]  # (outputs, head, batch) -> (loss, metrics)
 
 
-def classify(outputs: dict[str, Array], head: tuple[Array, Array, Array], batch: dict[str, Array]) -> tuple:
+def classify(
+    outputs: dict[str, Array], head: tuple[Array, Array, Array], batch: dict[str, Array], label_smoothing: float = 0.0
+) -> tuple:
     """Cross-entropy and accuracy of a head's logits at ``batch["label"]``."""
     logits_BxC = heads.logits(*head, outputs["features"])
-    loss = objectives.cross_entropy(logits_BxC, batch["label"])
+    loss = objectives.cross_entropy(logits_BxC, batch["label"], smoothing=label_smoothing)
     return loss, {"accuracy": (logits_BxC.argmax(-1) == batch["label"]).mean()}
 
 
-def answer(outputs: dict[str, Array], head: None, batch: dict[str, Array]) -> tuple:
+def answer(outputs: dict[str, Array], head: None, batch: dict[str, Array], label_smoothing: float = 0.0) -> tuple:
     """Mean cross-entropy of a text-to-text model's tokens (``logits [B, M, V]``) at ``batch["target"]``.
 
     `accuracy` is the share of rows all of whose tokens are right, given the true ones before.
     """
     logits_BxMxV, target, mask = outputs["logits"], batch["target"], batch["target_mask"]
     count = mask.sum()
-    per_row = objectives.cross_entropy(logits_BxMxV, target, mask.astype(jnp.float32))
+    per_row = objectives.cross_entropy(logits_BxMxV, target, mask.astype(jnp.float32), label_smoothing)
     loss = (per_row * mask.sum(-1)).sum() / jnp.maximum(count, 1)
     right = (logits_BxMxV.argmax(-1) == target) | ~mask
     return loss, {"accuracy": right.all(-1).mean()}
@@ -71,27 +74,31 @@ def make_finetune(
 
     * params: pretrained parameters; left intact.
     * kernel, mask, scale: one task's head, ``[d, C]``, ``[C]``, factor (`heads.Heads`); None for an objective without.
-    * batches: ``step -> inputs`` and what the objective reads (``label`` int32 ``[B]``).
+    * batches: ``i -> inputs`` and what the objective reads (``label`` int32 ``[B]``), for all ``recipe.batches``.
     * start: ``(learnables, fixed)``, by default ``trainable.init(params)``.
     * seed, checkpoint, on_chunk: see `adaptive.fit.fit`; the metrics are ``loss`` and ``accuracy`` of the batches.
 
     Args:
-      apply_fn: ``(params, batch) -> {"features": [B, d], ...}``.
+      apply_fn: ``(params, batch) -> {"features": [B, d], ...}``; with dropout it is given ``dropout`` and a ``key``,
+        which differs from batch to batch.
       recipe: with its steps settled.
       trainable: what is trained; all weights by default.
-      objective: ``(outputs, head, batch) -> (loss, metrics)``.
+      objective: ``(outputs, head, batch) -> (loss, metrics)``; with label smoothing it is given ``label_smoothing``.
       chunk: see `adaptive.fit.make_fit`.
 
     Raises:
       ValueError: a recipe whose steps depend on the task.
     """
     trainable = trainable or full()
+    smoothing = {"label_smoothing": recipe.label_smoothing} if recipe.label_smoothing else {}
 
     def loss_fn(learnables, frozen, batch, key):
         fixed, head = frozen
-        return objective(trainable.apply(apply_fn, learnables, fixed, batch), head, batch)
+        model = functools.partial(apply_fn, dropout=recipe.dropout, key=key) if recipe.dropout else apply_fn
+        return objective(trainable.apply(model, learnables, fixed, batch), head, batch, **smoothing)
 
-    run = make_fit(sharpness_aware(loss_fn, recipe.sam_rho), recipe.optimiser(), chunk=chunk)
+    gradient = sharpness_aware(loss_fn, recipe.sam_rho)
+    run = make_fit(gradient, recipe.optimiser(), chunk=chunk, accumulate=recipe.accumulate)
 
     def finetune(
         params: Tree,
@@ -108,7 +115,7 @@ def make_finetune(
         head = None if kernel is None else (kernel, mask, np.float32(scale))
         learnables, fixed = start or trainable.init(params)
         done = run(
-            learnables, batches, recipe.steps, frozen=(fixed, head), seed=seed, checkpoint=checkpoint,
+            learnables, batches, recipe.batches, frozen=(fixed, head), seed=seed, checkpoint=checkpoint,
             on_chunk=on_chunk,
         )  # fmt: skip
         return done.learnables

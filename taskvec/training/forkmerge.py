@@ -8,29 +8,25 @@ Three stages:
 * *merge*, at intervals: the best weights each branch has had are averaged with coefficients found greedily
   (`greedy_merge`), and all branches go on from the average, with the states of their optimisers.
 
-The search runs on the host; what takes time, training and evaluation, is compiled. `train` and `evaluate` are any
-functions; `make_branches` gives `train` for frozen heads (the paper trains heads with the rest, and averages them).
+The search runs on the host; what takes time, training and evaluation, is compiled. How to train and to evaluate are any
+functions; `branches.make_branches` gives the first for frozen heads (the paper trains heads with the rest, and averages
+them). All that the search knows is a tree of arrays, so that a killed run goes on from a checkpoint with the same bits.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from taskvec import tree as trees
-from taskvec.adaptive.fit import make_fit
-from taskvec.training.finetune import classify
-from taskvec.training.heads import Heads
+from taskvec.training.branches import OnChunk, Trainer
 from taskvec.tree import Tree
 
 ALPHAS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 Evaluate = Callable[[Tree], float]
-# (params, probabilities of the tasks, name of the branch, its steps so far, steps) -> params
-Train = Callable[[Tree, np.ndarray, Hashable, int, int], Tree]
 
 
 class Merged(NamedTuple):
@@ -121,8 +117,64 @@ def probabilities(num_tasks: int, targets: Sequence[int], auxiliaries: Sequence[
     return chances / chances.sum()
 
 
+class _Leg(NamedTuple):
+    """A stretch of training with an evaluation at its end."""
+
+    auxiliary: int | None  # the number of the auxiliary task that is ranked; None for a branch
+    branch: int
+    interval: int
+    first: int  # steps of the branch before its interval,
+    at: int  # before the leg
+    steps: int
+    closes: bool  # the interval: a merge follows
+
+
+def _legs(auxiliaries: int, branches: int, steps: int, interval: int, every: int, rank_steps: int) -> Iterator[_Leg]:
+    for a in range(auxiliaries):
+        for at in range(0, rank_steps, every):
+            yield _Leg(a, 0, 0, 0, at, min(every, rank_steps - at), False)
+    for i, first in enumerate(range(0, steps, interval)):
+        last = min(first + interval, steps)
+        for b in range(branches):
+            for at in range(first, last, every):
+                closes = b == branches - 1 and at + every >= last
+                yield _Leg(None, b, i, first, at, min(every, last - at), closes)
+
+
+class _Search(NamedTuple):
+    """What does not change in a search; see `forkmerge`."""
+
+    trainer: Trainer
+    evaluate: Evaluate
+    num_tasks: int
+    targets: Sequence[int]
+    branches: Sequence[int]
+    alphas: Sequence[float]
+    on_chunk: OnChunk | None
+
+    @property
+    def auxiliaries(self) -> list[int]:
+        return [t for t in range(self.num_tasks) if t not in self.targets]
+
+    def ranked(self, state: "_State") -> list[tuple[int, float]]:
+        """Auxiliary tasks with their scores, the most helpful first."""
+        return sorted(zip(self.auxiliaries, state.ranking.tolist(), strict=True), key=lambda pair: -pair[1])
+
+
+class _State(NamedTuple):
+    """All that the search knows after a leg."""
+
+    start: Tree  # where the branches of the interval set out from
+    params: Tree  # of the branch in training
+    optimisers: list[Tree]  # one a branch; the first serves the ranking before
+    best: list[Tree]  # weights, one a branch
+    scores: np.ndarray  # [B] float32, theirs
+    ranking: np.ndarray  # [A] float32, best score with each auxiliary task
+    intervals: dict[str, np.ndarray]  # `Interval` by its fields, [I, ...]
+
+
 def forkmerge(
-    train: Train,
+    trainer: Trainer,
     evaluate: Evaluate,
     params: Tree,
     *,
@@ -134,14 +186,16 @@ def forkmerge(
     rank_steps: int,
     branches: Sequence[int] = (0, 3, 5),
     alphas: Sequence[float] = ALPHAS,
+    checkpoint: Any = None,
+    on_chunk: OnChunk | None = None,
 ) -> ForkMerged:
     """Ranks, forks and merges.
 
     Published for images: epochs of 2500 steps, 20 of them, an interval of 5, ranking for 1, evaluation after each.
 
     Args:
-      train: trains a branch and keeps its optimiser by the name of the branch, such as from `make_branches`.
-      evaluate: ``params -> score`` on validation data of the targets (their mean), to be maximised.
+      trainer: such as from `branches.make_branches`.
+      evaluate: ``params -> score`` on validation data of the targets (their mean), to be maximised; taken in float32.
       params: where to start.
       num_tasks: T; tasks that are no targets are auxiliaries.
       targets: numbers of the target tasks.
@@ -151,98 +205,85 @@ def forkmerge(
       rank_steps: for each auxiliary task.
       branches: numbers k of auxiliary tasks, one branch each (scenes: 0, 1, 2).
       alphas: see `greedy_merge`.
+      checkpoint: see `adaptive.fit.Loop`; saved after an evaluation.
+      on_chunk: called with (steps done, of `total_steps`, and metrics of the last ones).
 
     Raises:
       ValueError: no target, or a branch with more auxiliaries than there are.
     """
-    others = [t for t in range(num_tasks) if t not in targets]
-    if not targets or not branches or max(branches) > len(others) or min(steps, interval, evaluate_every) < 1:
+    search = _Search(trainer, lambda theta: np.float32(evaluate(theta)), num_tasks, targets, branches, alphas, on_chunk)
+    others = len(search.auxiliaries)
+    if not targets or not branches or max(branches) > others or min(steps, interval, evaluate_every) < 1:
         raise ValueError(
-            f"want targets, positive numbers of steps, and branches of at most {len(others)} auxiliary tasks; got "
+            f"want targets, positive numbers of steps, and branches of at most {others} auxiliary tasks; got "
             f"targets={targets}, branches={branches}, steps {steps}, {interval}, {evaluate_every}"
         )
-
-    def follow(theta: Tree, chances: np.ndarray, name: Hashable, first: int, last: int, best: tuple) -> tuple:
-        """Trains with evaluations in between: (last weights, (best score, its weights))."""
-        for at in range(first, last, evaluate_every):
-            theta = train(theta, chances, name, at, min(evaluate_every, last - at))
-            score = float(evaluate(theta))
-            if score > best[0]:
-                best = (score, theta)
-        return theta, best
-
-    nothing = (-np.inf, params)
-    score_of = lambda t: follow(params, probabilities(num_tasks, targets, [t]), ("rank", t), 0, rank_steps, nothing)
-    ranking = sorted([(t, score_of(t)[1][0]) for t in others], key=lambda pair: -pair[1])
-    ranked = [t for t, _ in ranking]
-    chances = {k: probabilities(num_tasks, targets, ranked[:k]) for k in branches}
-    best, intervals = dict.fromkeys(branches, nothing), []
-    for first in range(0, steps, interval):
-        last = min(first + interval, steps)
-        for k in branches:
-            _, best[k] = follow(params, chances[k], ("branch", k), first, last, best[k])
-        scores = [best[k][0] for k in branches]
-        merged = greedy_merge([best[k][1] for k in branches], scores, evaluate, alphas)
-        params = merged.params
-        intervals.append(Interval(tuple(scores), merged.coefficients, merged.score))
-    return ForkMerged(params, ranking, intervals)
+    state, done, seen = _start(search, params, -(-steps // interval)), 0, 0
+    if checkpoint is not None and (saved := checkpoint.restore(state)):
+        seen, state = saved[0], _on_host(saved[1])
+    for leg in _legs(others, len(branches), steps, interval, evaluate_every, rank_steps):
+        if done >= seen:
+            state = _forward(search, state, leg, done)
+            if checkpoint is not None and checkpoint.should_save(done + leg.steps):
+                checkpoint.save(done + leg.steps, state)
+        done += leg.steps
+    rows = zip(*(state.intervals[name].tolist() for name in Interval._fields), strict=True)
+    intervals = [Interval(tuple(scores), tuple(lam), score) for scores, lam, score in rows]
+    return ForkMerged(state.start, search.ranked(state), intervals)
 
 
-class _Pause:
-    """A checkpoint in memory, for `fit`: gives a branch its optimiser back, at new weights."""
-
-    def __init__(self):
-        self.step, self.opt_state = 0, None
-
-    def should_save(self, step: int) -> bool:
-        return False
-
-    def save(self, step: int, state: Any) -> None:
-        self.step, self.opt_state = step, state["state"].opt_state
-
-    def restore(self, state: Any) -> tuple[int, Any] | None:
-        if self.opt_state is None:
-            return None
-        return self.step, state | {"state": state["state"]._replace(opt_state=self.opt_state)}
+def total_steps(auxiliaries: int, branches: int, steps: int, rank_steps: int) -> int:
+    """Steps of a whole run."""
+    return auxiliaries * rank_steps + branches * steps
 
 
-def make_branches(
-    apply_fn: Callable[..., dict],
-    optimiser: optax.GradientTransformation,
-    heads: Heads,
-    batches: Sequence[Callable[[int], dict[str, np.ndarray]]],
-    *,
-    seed: int = 0,
-    chunk: int | None = None,
-) -> Train:
-    """`forkmerge`'s `train` for frozen heads; all branches share a compiled step.
+def _start(search: _Search, params: Tree, intervals: int) -> _State:
+    branches, lowest = len(search.branches), lambda *shape: np.full(shape, -np.inf, np.float32)
+    kept = {"scores": lowest(intervals, branches), "coefficients": lowest(intervals, branches)}
+    optimisers, best = [search.trainer.init(params)] * branches, [params] * branches
+    ranking, kept = lowest(len(search.auxiliaries)), kept | {"score": lowest(intervals)}
+    return _State(params, params, optimisers, best, lowest(branches), ranking, kept)
 
-    Args:
-      apply_fn: ``(params, batch) -> {"features": [B, d], ...}``.
-      optimiser: of optax; its schedule runs over all steps of a branch.
-      heads: frozen heads of T tasks.
-      batches: T functions ``step -> inputs`` and ``label`` int32 ``[B]``, of one shape (others compile once more).
-      seed: of the tasks drawn and of the step's keys. The draw depends on the step alone, as in the released code.
-      chunk: see `adaptive.fit.make_fit`.
-    """
 
-    def loss_fn(params, heads, batch, key):
-        task, batch = batch["task"], {name: x for name, x in batch.items() if name != "task"}
-        head = (heads.kernel[task], heads.class_mask[task], heads.scale)
-        return classify(apply_fn(params, batch), head, batch)
+def _on_host(state: _State) -> _State:
+    """The same, with numbers that are written to in numpy."""
+    intervals = {name: np.array(x) for name, x in state.intervals.items()}
+    return state._replace(
+        optimisers=list(state.optimisers), best=list(state.best), scores=np.array(state.scores),
+        ranking=np.array(state.ranking), intervals=intervals,
+    )  # fmt: skip
 
-    run = make_fit(loss_fn, optimiser, chunk=chunk)
-    frozen = heads._replace(scale=np.float32(heads.scale))
-    pauses: dict[Hashable, _Pause] = {}
 
-    def train(params: Tree, chances: np.ndarray, name: Hashable, first: int, steps: int) -> Tree:
-        def batch(step: int) -> dict[str, np.ndarray]:
-            task = int(np.random.default_rng([seed, step]).choice(len(batches), p=chances))
-            return batches[task](step) | {"task": np.int32(task)}
+def _with(items: Any, at: int, item: Any) -> Any:
+    out = items.copy()
+    out[at] = item
+    return out
 
-        pause = pauses.setdefault(name, _Pause())
-        if pause.step != first:
-            raise ValueError(f"branch {name} has done {pause.step} steps, asked to go on from {first}")
-        return run(params, batch, first + steps, frozen=frozen, seed=seed, checkpoint=pause).learnables
 
-    return train
+def _forward(search: _Search, now: _State, leg: _Leg, done: int) -> _State:
+    """One leg, `done` steps of the whole run before it."""
+    theta = now.start if leg.at == leg.first else now.params
+    optimiser = search.trainer.init(theta) if leg.at == 0 else now.optimisers[leg.branch]
+    tasks = [t for t, _ in search.ranked(now)][: search.branches[leg.branch]]
+    helpers = tasks if leg.auxiliary is None else [search.auxiliaries[leg.auxiliary]]
+    chances = probabilities(search.num_tasks, search.targets, helpers)
+    show = search.on_chunk and (lambda step, metrics: search.on_chunk(done + step - leg.at, metrics))
+    theta, optimiser = search.trainer.train(theta, optimiser, chances, leg.at, leg.steps, show)
+    now = now._replace(params=theta, optimisers=_with(now.optimisers, leg.branch, optimiser))
+    return _judged(search, now, leg, search.evaluate(theta))
+
+
+def _judged(search: _Search, now: _State, leg: _Leg, score: np.float32) -> _State:
+    """What a score changes at the end of a leg: the ranking, or the best of a branch, and a merge where one is due."""
+    if leg.auxiliary is not None:
+        better = max(score, now.ranking[leg.auxiliary])
+        return now._replace(ranking=_with(now.ranking, leg.auxiliary, better))
+    if score > now.scores[leg.branch]:
+        best = _with(now.best, leg.branch, now.params)
+        now = now._replace(best=best, scores=_with(now.scores, leg.branch, score))
+    if not leg.closes:
+        return now
+    merged = greedy_merge(now.best, now.scores.tolist(), search.evaluate, search.alphas)
+    found = {"scores": now.scores, "coefficients": merged.coefficients, "score": merged.score}
+    intervals = {name: _with(now.intervals[name], leg.interval, x) for name, x in found.items()}
+    return now._replace(start=merged.params, intervals=intervals)

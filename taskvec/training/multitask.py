@@ -21,6 +21,7 @@ from taskvec.adaptive.rows import split_tasks
 from taskvec.training import balancers, heads as heads_lib
 from taskvec.training.balancers import Balancer
 from taskvec.training.heads import Heads
+from taskvec.training.trainable import Trainable, full
 from taskvec.tree import Tree
 
 Array = jax.Array
@@ -57,13 +58,14 @@ def make_joint(
     optimiser: optax.GradientTransformation,
     balancer: Balancer | None = None,
     *,
+    trainable: Trainable | None = None,
     tasks_at_once: int = 1,
     sam_rho: float = 0.0,
     chunk: int | None = None,
 ) -> Callable[..., FitResult]:
     """Returns ``joint(params, heads, batches, steps, *, seed=0, checkpoint=None, on_chunk=None) -> FitResult``.
 
-    Its arguments:
+    Its learnables are the fine-tuned params where all weights are trained, else see `finetune.weights_of`. Arguments:
 
     * params: pretrained parameters; left intact.
     * heads: frozen heads of the T tasks.
@@ -73,9 +75,9 @@ def make_joint(
       ``losses``, ``weights`` and ``accuracy``, each ``[T]``.
 
     Where the balancer does without the Gram matrix, the rows of all tasks pass the encoder as one batch, with one
-    backward pass. Otherwise a step holds T gradients of the size of `params`, and twice as many with SAM, beside the
-    activations of `tasks_at_once` tasks; only the Gram matrix and the weighted sum leave it. Arithmetic is that of one
-    batch of all tasks either way; SAM doubles it.
+    backward pass. Otherwise a step holds T gradients of the size of the learnables, and twice as many with SAM, beside
+    the activations of `tasks_at_once` tasks; only the Gram matrix and the weighted sum leave it. Arithmetic is that of
+    one batch of all tasks either way; SAM doubles it.
 
     Published (FusionBench): 128 rows a task, ``optax.adam(optax.cosine_decay_schedule(1e-5, 4000))``, 4000 steps, no
     decay, sum of the losses.
@@ -84,6 +86,7 @@ def make_joint(
       apply_fn: ``(params, batch) -> {"features": [rows, d], ...}``.
       optimiser: of optax.
       balancer: `balancers.equal` by default.
+      trainable: what is trained; all weights by default.
       tasks_at_once: gradients taken side by side where they are taken task by task.
       sam_rho: if above 0, task-based flat minima (arXiv 2211.13723): beside g_t there is
         ``h_t = grad L_t(theta + rho g_t / |g_t|) - g_t``; both families are balanced on their own, from the same
@@ -93,49 +96,52 @@ def make_joint(
     Raises:
       ValueError: rows do not divide among the tasks, or validation rows are missing.
     """
-    balancer = balancers.equal() if balancer is None else balancer
-
-    def gradient(memory: Tree, params: Tree, heads: Heads, batch: Batch, key: Array) -> tuple:
-        heard = None
-        if balancer.needs_validation:
-            if "validation" not in batch:
-                raise ValueError("this balancer weighs tasks by validation losses: batches lack the entry 'validation'")
-            heard, _ = task_losses(apply_fn, params, heads, batch["validation"])
-        if balancer.needs_gram or sam_rho:
-            losses, accuracy, families = task_gradients(apply_fn, params, heads, batch, tasks_at_once, sam_rho)
-            weigh = lambda grads: balancer.weights(
-                gram_matrix(grads) if balancer.needs_gram else None, memory, losses if heard is None else heard, key
-            )
-            (weights, after), *others = [weigh(grads) for grads in families]
-            grads = [_combine(grads, w) for grads, (w, _) in zip(families, [(weights, after), *others], strict=True)]
-            total = optax.tree.add(*grads) if others else grads[0]
-        else:
-            loss_fn = lambda p: task_losses(apply_fn, p, heads, batch)
-            losses, pull_back, accuracy = jax.vjp(loss_fn, params, has_aux=True)
-            weights, after = balancer.weights(None, memory, losses if heard is None else heard, key)
-            (total,) = pull_back(weights.astype(losses.dtype))
-        metrics = {"losses": losses, "weights": weights, "accuracy": accuracy}
-        return jnp.vdot(weights, losses), metrics, total, after
+    balancer, trainable = balancer or balancers.equal(), trainable or full()
+    apply = _gradient(apply_fn, balancer, trainable, tasks_at_once, sam_rho)
 
     @functools.cache
     def runner(num_tasks: int) -> Callable[..., FitResult]:
-        return make_fit(Gradient(lambda params: balancer.init(num_tasks), gradient), optimiser, chunk=chunk)
+        return make_fit(Gradient(lambda learnables: balancer.init(num_tasks), apply), optimiser, chunk=chunk)
 
-    def joint(
-        params: Tree,
-        heads: Heads,
-        batches: Callable[[int], Batch],
-        steps: int,
-        *,
-        seed: int = 0,
-        checkpoint: Any = None,
-        on_chunk: Callable | None = None,
-    ) -> FitResult:
-        heads = heads._replace(scale=np.float32(heads.scale))
-        run = runner(heads.kernel.shape[0])
-        return run(params, batches, steps, frozen=heads, seed=seed, checkpoint=checkpoint, on_chunk=on_chunk)
+    def joint(params: Tree, heads: Heads, batches: Callable[[int], Batch], steps: int, **watched: Any) -> FitResult:
+        learnables, fixed = trainable.init(params)
+        frozen = fixed, heads._replace(scale=np.float32(heads.scale))
+        return runner(heads.kernel.shape[0])(learnables, batches, steps, frozen=frozen, **watched)
 
     return joint
+
+
+def _gradient(
+    apply_fn: Callable, balancer: Balancer, trainable: Trainable, tasks_at_once: int, sam_rho: float
+) -> Callable[..., tuple]:
+    """The ``apply`` of an `adaptive.fit.Gradient` whose memory is the balancer's."""
+
+    def gradient(memory: Tree, learnables: Tree, frozen: tuple[Tree, Heads], batch: Batch, key: Array) -> tuple:
+        fixed, heads = frozen
+        run = lambda learnables, inputs: trainable.apply(apply_fn, learnables, fixed, inputs)
+        heard = _validation_losses(run, learnables, heads, batch) if balancer.needs_validation else None
+        weigh = lambda gram, losses: balancer.weights(gram, memory, losses if heard is None else heard, key)
+        if balancer.needs_gram or sam_rho:
+            losses, accuracy, families = task_gradients(run, learnables, heads, batch, tasks_at_once, sam_rho)
+            gram_of = gram_matrix if balancer.needs_gram else lambda grads: None
+            weighed = [weigh(gram_of(grads), losses) for grads in families]
+            (weights, after), *_ = weighed
+            total, *more = [_combine(grads, w) for grads, (w, _) in zip(families, weighed, strict=True)]
+            total = optax.tree.add(total, *more) if more else total
+        else:
+            loss_fn = lambda learnables: task_losses(run, learnables, heads, batch)
+            losses, pull_back, accuracy = jax.vjp(loss_fn, learnables, has_aux=True)
+            weights, after = weigh(None, losses)
+            (total,) = pull_back(weights.astype(losses.dtype))
+        return jnp.vdot(weights, losses), {"losses": losses, "weights": weights, "accuracy": accuracy}, total, after
+
+    return gradient
+
+
+def _validation_losses(apply_fn: Callable, params: Tree, heads: Heads, batch: Batch) -> Array:
+    if "validation" not in batch:
+        raise ValueError("this balancer weighs tasks by validation losses: batches lack the entry 'validation'")
+    return task_losses(apply_fn, params, heads, batch["validation"])[0]
 
 
 def task_losses(apply_fn: Callable, params: Tree, heads: Heads, batch: Batch) -> tuple[Array, Array]:

@@ -142,6 +142,8 @@ def weigh_by_fisher(
     def apply(x: Array, leaf: Leaf, stats: tuple) -> Array:
         if "fisher" not in leaf.extras:
             return mean(x)
+        if leaf.extras["fisher"].shape != x.shape:
+            raise ValueError(f"Fisher information of shape {leaf.extras['fisher'].shape} for weights {x.shape}")
         share = by_task(1.0 if weights is None else weights, x) / (by_task(stats[0], x) if normalize else 1.0)
         weight = share * floored(leaf.extras["fisher"])
         ones = [1.0] * x.shape[0]

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from taskvec import tree as trees
+from taskvec import tree as trees, vectors
 from taskvec.adaptive import rows as rows_lib
 from taskvec.adaptive.adamerging import adamerging, keep_agreeing
 from tests.adaptive.mlp_oracle import NAMES, ROWS, TASKS, as_jax, problem, setting
@@ -70,17 +70,38 @@ def test_trajectory(mode, rate):
 def test_plus_plus_trims_globally_and_elects_signs():
     theta0, tau, kernels, rows = setting()
     tau = {k: np.asarray(x, np.float32) for k, x in tau.items()}
+    tau["b1"][:, 3] = 3, -3, 0
     flat = np.concatenate([tau[k].reshape(TASKS, -1) for k in NAMES], axis=1)
     keep = round(0.2 * flat.shape[1])
-    trimmed = np.where(np.abs(flat) >= -np.sort(-np.abs(flat), axis=1)[:, keep - 1 : keep], flat, 0)
-    agreeing = np.where(np.sign(trimmed) == np.sign(trimmed.sum(0)), trimmed, 0)
-    sparse = keep_agreeing(as_jax(theta0), as_jax(tau))
-    found = np.concatenate([np.asarray(sparse[k]).reshape(TASKS, -1) for k in NAMES], axis=1)
-    np.testing.assert_array_equal(found, agreeing)
+    for rule, count in (("released", keep + 1), (True, keep)):
+        trimmed = np.where(np.abs(flat) >= -np.sort(-np.abs(flat), axis=1)[:, count - 1 : count], flat, 0)
+        elected = np.sign(trimmed.sum(0))
+        if rule == "released":
+            elected = np.where(elected == 0, 1 if elected.sum() > 0 else -1, elected)
+        agreeing = np.where(np.sign(trimmed) == elected, trimmed, 0)
+        sparse = keep_agreeing(as_jax(theta0), as_jax(tau), rule)
+        found = np.concatenate([np.asarray(sparse[k]).reshape(TASKS, -1) for k in NAMES], axis=1)
+        np.testing.assert_array_equal(found, agreeing)
+        assert (found[:, 3] != 0).any() == (rule == "released")  # where signs cancel
     result = adamerging(problem(theta0, tau, kernels), rows, steps=5, plus_plus=True, per_task=ROWS)
     sparse = {k: np.asarray(x, np.float64) for k, x in sparse.items()}
     expected, _ = oracle(theta0, sparse, kernels, rows, "tensor", 5)
     np.testing.assert_allclose(result.coefficients, expected, atol=1e-4)
+
+
+def test_task_vectors_in_half_precision():
+    """Equal to a run in float64 on the rounded vectors; 0.005 from one on those that were not rounded."""
+    theta0, tau, kernels, rows = setting()
+    experts = [{k: theta0[k] + tau[k][t] for k in NAMES} for t in range(TASKS)]
+    half = vectors.task_vectors(as_jax(theta0), [as_jax(expert) for expert in experts], "bfloat16")
+    assert {x.dtype for x in half.values()} == {np.dtype("bfloat16")}
+    what = problem(theta0, tau, kernels)._replace(tau=half)
+    found = adamerging(what, rows, steps=100, learning_rate=2e-2, per_task=ROWS)
+    rounded = {k: np.asarray(x, np.float64) for k, x in half.items()}
+    for values, atol in ((rounded, 1e-4), (tau, 5e-3)):
+        expected, losses = oracle(theta0, values, kernels, rows, "tensor", 100, 2e-2)
+        np.testing.assert_allclose(found.coefficients, expected, atol=atol)
+        np.testing.assert_allclose(found.history["loss"], losses, rtol=20 * atol)
 
 
 def test_tasks_must_match():
@@ -89,6 +110,8 @@ def test_tasks_must_match():
         adamerging(problem(theta0, tau, kernels[:2]), rows)
     with pytest.raises(ValueError, match="3 task vectors but rows of 2 tasks"):
         adamerging(problem(theta0, tau, kernels), rows.only([0, 1]), steps=1, per_task=4)
+    with pytest.raises(ValueError, match="allowed: False, True, 'released'"):
+        adamerging(problem(theta0, tau, kernels), rows, plus_plus="yes")
     with pytest.raises(ValueError, match=r"no setting 'step' .did you mean 'steps'"):
         adamerging(problem(theta0, tau, kernels), rows, step=1)
 

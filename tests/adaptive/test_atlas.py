@@ -8,7 +8,7 @@ import pytest
 from taskvec import tree as trees
 from taskvec.adaptive import rows as rows_lib
 from taskvec.adaptive.atlas import atlas, atlas_negation
-from taskvec.adaptive.atlas_few_shot import atlas_few_shot, few_shots
+from taskvec.adaptive.atlas_few_shot import atlas_few_shot, few_of, few_shots
 from taskvec.adaptive.atlas_parts import cross_entropies, free_coefficients, lp_penalty
 from taskvec.adaptive.coefficients import coefficients, elementwise
 from taskvec.adaptive.fit import Evaluate, Loop
@@ -70,10 +70,15 @@ def test_nothing_learned_is_theta0_and_the_best_epoch_is_kept():
 
     watch = Loop(evaluate=Evaluate(3, lambda step, now: seen.append(step)))
     found = atlas(what, rows, epochs=8, learning_rate=0.1, per_task=ROWS, keep="best", loop=watch)
-    accuracies = {s: e["accuracy"].mean() for s, e in found.evaluations.items() if "accuracy" in e}
-    assert list(accuracies) == [2, 4, 6, 8, 10, 12, 14, 16] and seen == [3, 6, 9, 12, 15, 16]
-    assert found.kept == max(accuracies, key=accuracies.get)
-    assert accuracies[found.kept] > accuracies[2]
+    inputs = [rows.take(t, np.arange(n))["x"] for t, n in enumerate(rows.counts)]
+    right = lambda theta, t: np.mean(predictions(theta, inputs[t], kernels[t]) == rows.labels[t])
+    own = [right({k: theta0[k] + tau[k][t] for k in NAMES}, t) for t in range(TASKS)]
+    assert min(own) > 0 and len(set(own)) == TASKS
+    normalised = {0: np.mean([right(theta0, t) / own[t] for t in range(TASKS)])}
+    normalised |= {s: np.mean(e["accuracy"] / own) for s, e in found.evaluations.items() if "accuracy" in e}
+    assert list(normalised) == [0, 2, 4, 6, 8, 10, 12, 14, 16] and seen == [3, 6, 9, 12, 15, 16]
+    assert found.kept == max(normalised, key=normalised.get)
+    assert normalised[found.kept] > max(normalised[0], normalised[2])
     for i, k in enumerate(NAMES):
         merged = theta0[k] + np.tensordot(found.coefficients[i], tau[k], 1)
         np.testing.assert_allclose(found.params[k], merged, atol=1e-5)
@@ -121,6 +126,16 @@ def test_few_shot():
     np.testing.assert_allclose(found.coefficients, lam, atol=1e-3)
     np.testing.assert_allclose(found.history["loss"], losses, rtol=5e-3, atol=1e-3)
     assert losses[-1] < losses[0]
+
+
+def test_a_share_of_the_rows():
+    rows = setting((3,), 3, (40,))[3]
+    part = few_of(rows, 0.35, seed=1)
+    assert part.counts == (14,) and few_of(rows, 1.0) is rows and few_of(rows, 0.001).counts == (1,)
+    batch, everything = part.batch([np.arange(14)]), rows.batch([np.arange(40)])
+    at = [np.flatnonzero((everything["x"] == x).all(1)).item() for x in batch["x"]]
+    assert len(set(at)) == 14 and at != sorted(at)
+    np.testing.assert_array_equal(batch["label"], everything["label"][at])
 
 
 def test_few_shots_are_of_every_class():
@@ -224,3 +239,5 @@ def test_what_does_not_fit_is_refused():
         atlas_few_shot(what, rows)
     with pytest.raises(ValueError, match="needs validation rows"):
         atlas_few_shot(problem(theta0, tau, kernels[:1]), rows.only([0]), keep="best")
+    with pytest.raises(ValueError, match="a share is in"):
+        atlas_few_shot(problem(theta0, tau, kernels[:1]), rows.only([0]), share=0.5, shots=2)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from taskvec.adaptive.atlas_heads import cached, lp_plus_plus, tip_adapter
+from taskvec.adaptive.atlas_heads import TipAdapter, cached, classifier, lp_plus_plus, tip_adapter
 from tests.adaptive.toy_mlp import SCALE, features, problem, setting, softmax
 
 ROWS, D, CLASSES = 18, 6, 3
@@ -83,4 +83,9 @@ def test_cached_features_are_unit_and_logits_those_of_the_head():
     z = features(theta0, rows.take(1, np.arange(7))["x"])[1]
     unit = z / np.linalg.norm(z, axis=1, keepdims=True)
     np.testing.assert_allclose(found, unit, atol=1e-5)
-    np.testing.assert_allclose(logits, SCALE * unit @ kernels[1], rtol=1e-4, atol=1e-4)
+    expected = SCALE * unit @ kernels[1]
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+    keys, values = np.random.default_rng(0).normal(size=(4, z.shape[1])), np.eye(2)[[0, 1, 1, 0]]
+    head = TipAdapter(*(np.asarray(x, np.float32) for x in (keys, 0.5, 3.0, values)))
+    after = expected + 3 * np.exp(0.5 * (unit @ keys.T - 1)) @ values
+    np.testing.assert_allclose(classifier(what, head, 1)(z.astype(np.float32)), after, rtol=1e-4, atol=1e-3)

@@ -10,7 +10,9 @@ from taskvec.adaptive.atlas_few_shot import atlas_few_shot
 from taskvec.adaptive.atlas_ufm import atlas_ufm, certain_on_strong, trusted_rows, two_streams
 from taskvec.adaptive.learn import Outputs
 from tests.adaptive.toy_mlp import (
+    D_IN,
     NAMES,
+    features,
     loss_and_gradient,
     problem,
     setting,
@@ -42,7 +44,7 @@ def test_selection_by_gradient_is_by_inner_products():
     assert all((n == n[0]).all() for n in by_chance) and len({int(n[0, 0]) for n in by_chance}) > 1
     with pytest.raises(ValueError, match="allowed: 1 to 3"):
         atlas_few_shot(what, rows, budget=4)
-    with pytest.raises(ValueError, match="gradient, random"):
+    with pytest.raises(ValueError, match="gradient, feature, random"):
         atlas_few_shot(what, rows, budget=1, select="best")
 
 
@@ -52,6 +54,23 @@ def test_selection_by_features():
     scores = selection.feature_scores(target, [-target, rng.normal(1, 0.2, (7, 3)), 3 * target])
     np.testing.assert_allclose(scores[[0, 2]], [-1, 1])
     assert selection.best(scores, 2).tolist() == [2, 1]
+    theta0, tau, kernels, rows = setting((3,), 4, (9,))
+    what = problem(theta0, tau, kernels)
+    inputs = [rng.normal(1.5 - 0.5 * i, 1, (6 + i, D_IN)) for i in range(4)]
+    pool = [features(theta0, x)[1] for x in inputs]
+    unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
+    means = unit(np.stack([unit(z).mean(0) for z in (features(theta0, rows.take(0, np.arange(9))["x"])[1], *pool)]))
+    numbers = np.argsort(-means[1:] @ means[0])[:2]
+    assert set(numbers) != {0, 1}
+    for blockwise in (True, False):
+        chosen = selection.choose_within(what, rows, 2, "feature", blockwise, pool=pool)
+        np.testing.assert_array_equal(chosen.numbers, np.tile(numbers, (4, 1)))
+    settings = {"budget": 2, "select": "feature", "epochs": 1, "batch_size": 6, "least_batches": 1}
+    found = atlas_few_shot(what, rows, pool=pool, **settings)
+    np.testing.assert_array_equal((found.coefficients != 0).all(0), np.isin(np.arange(4), numbers))
+    for missing, given in ((None, "none"), (pool[:3], "those of 3")):
+        with pytest.raises(ValueError, match=f"features of all 4 tasks; got {given}"):
+            atlas_few_shot(what, rows, pool=missing, **settings)
 
 
 def test_trusted_rows_and_streams():
@@ -77,6 +96,8 @@ def test_trusted_rows_and_streams():
         assert batch["target_trusted"].sum() == 2
         seen += x[:6].tolist()
     assert len(set(seen)) == 6 * length  # an epoch takes no other row twice
+    released = two_streams(rows_lib.views(rows), others, trusted, labels, 8, all_trusted=True)[0](0)
+    assert released["target_trusted"].all() and (released["x"] == batches(0)["x"]).all()
     with pytest.raises(ValueError, match="second_NAME"):
         rows_lib.views(rows_lib.arrays([{"x": np.ones((2, 1))}])).take(0, np.arange(2))
 

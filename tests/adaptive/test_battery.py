@@ -10,6 +10,7 @@ import pytest
 
 from taskvec import tree as trees
 from taskvec.adaptive import registry, rows as rows_lib
+from taskvec.adaptive.fit import Evaluate, Loop
 from taskvec.adaptive.learn import Problem
 from taskvec.merging.registry import DATA, RESULTS
 from taskvec.training.heads import Heads
@@ -58,16 +59,35 @@ def test_card(name):
         method(None, None, lambada=0.3)
 
 
+def watched(run):
+    """A run with a `Loop` that heeds all that watches it, or says what it does not."""
+    seen, steps = [], []
+    evaluate = Evaluate(1, lambda step, found: seen.append(step))
+    loop = Loop(on_start=seen.append, on_chunk=lambda step, metrics: steps.append(step))
+    try:
+        found = run(loop=loop._replace(evaluate=evaluate))
+        assert seen[0] == len(seen) - 1 == steps[-1] or found.kept is not None
+        assert found.evaluations.keys() == set(seen[1:])
+    except ValueError as error:
+        assert "takes no Loop(evaluate=" in str(error)
+        found = run(loop=loop)
+        assert seen == steps[-1:]  # none where there are no steps
+    return found
+
+
 @pytest.mark.parametrize("name", sorted(set(registry.methods()) - set(NEEDS_BLOCKS)))
 def test_a_short_run(name):
     problem, rows = problem_and_rows(name)
-    run = lambda: registry.get(name)(problem, rows, seed=3, **settings_of(name))
-    found, again = run(), run()
+    given = settings_of(name)
+    run = lambda **watch: registry.get(name)(problem, rows, seed=3, **given, **watch)
+    found, again = run(), watched(run)
     for path, x in trees.flatten(problem.theta0).items():
         y = trees.flatten(found.params)[path]
         assert (y.shape, y.dtype) == (x.shape, x.dtype) and np.isfinite(y).all()
         np.testing.assert_array_equal(y, trees.flatten(again.params)[path])
     assert trees.flatten(found.params).keys() == trees.flatten(problem.theta0).keys()
+    assert (found.method, found.settings.keys()) == (name, registry.get(name).defaults.keys())
+    assert given.items() <= found.settings.items()
     if found.coefficients is not None:
         assert found.coefficients.shape == (len(found.groups), problem.num_tasks)
         assert found.coefficients.dtype == np.float32

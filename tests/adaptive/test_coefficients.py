@@ -7,7 +7,7 @@ import pytest
 
 import taskvec as tv
 from taskvec import tree as trees
-from taskvec.adaptive.coefficients import clip01, coefficients
+from taskvec.adaptive.coefficients import clip01, coefficients, effective
 from tests.models_for_tests import random_models
 
 
@@ -81,6 +81,37 @@ def test_clip_has_gradient_on_the_closed_interval_only():
     x = jnp.array([-0.5, 0.0, 0.3, 1.0, 1.5])
     np.testing.assert_array_equal(clip01(x), [0, 0, np.float32(0.3), 1, 1])
     np.testing.assert_array_equal(jax.vmap(jax.grad(clip01))(x), [0, 1, 1, 1, 0])
+    wide, x = (lambda x: effective(x, "clip_wide")), jnp.array([-0.75, -0.5, 0.25, 2.0, 2.5])
+    np.testing.assert_array_equal(wide(x), [-0.5, -0.5, 0.25, 2, 2])
+    np.testing.assert_array_equal(jax.vmap(jax.grad(wide))(x), [0, 1, 1, 1, 0])
+
+
+def test_one_coefficient_for_everything():
+    theta0, experts = random_models(0, 3)
+    tau, made = tv.task_vectors(theta0, experts), coefficients(trees.groups(theta0, "global"), 3, 0.7, "tanh")
+    learnables = made.init()
+    assert jax.tree.map(jnp.shape, learnables) == {"lam": (1, 1)}
+    down = lambda tree: np.asarray(tree["blocks"]["mlp"]["down"], np.float64)
+    whole = sum(down(expert) - down(theta0) for expert in experts)
+    np.testing.assert_allclose(
+        down(made.merge(theta0, tau, learnables)), down(theta0) + np.tanh(0.7) * whole, atol=1e-6
+    )
+    names, table = made.table(learnables)
+    assert names == ("all",)
+    np.testing.assert_allclose(table, np.full((1, 3), np.tanh(0.7)), rtol=1e-6)
+    slope = jax.grad(lambda learned: made.merge(theta0, tau, learned)["blocks"]["mlp"]["down"].sum())(learnables)
+    np.testing.assert_allclose(slope["lam"], [[whole.sum() / np.cosh(0.7) ** 2]], rtol=1e-4)
+    with pytest.raises(ValueError, match="over tasks, which share one"):
+        coefficients(trees.groups(theta0, "global"), 3, constraint="simplex")
+
+
+def test_parts_of_tensors_of_one_shape_can_be_shared():
+    theta0 = {name: jnp.zeros(shape) for name, shape in (("a", (6, 50)), ("b", (6, 50)), ("c", (50, 6)))}
+    tau = jax.tree.map(lambda x: jnp.ones((1, *x.shape)), theta0)
+    for shared in (True, False):
+        made = coefficients(trees.groups(theta0, "task"), 1, 0.0, "identity", 3, seed=1, shared_parts=shared)
+        merged = made.merge(theta0, tau, {"lam": jnp.array([[[1.0, 2.0, 3.0]]])})
+        assert sorted(np.unique(merged["a"])) == [1, 2, 3] and (merged["a"] == merged["b"]).all() == shared
 
 
 def test_errors_say_what_is_allowed():

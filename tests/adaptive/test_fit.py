@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from taskvec.adaptive.fit import FitDiverged, fit, make_fit
+from taskvec.adaptive.fit import Evaluate, FitDiverged, fit, make_fit
 from taskvec.io.checkpoints import Checkpoint
 
 START = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
@@ -50,6 +50,18 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path, kill_at):
     equal(resumed, run(chunk=4))
     with Checkpoint(tmp_path, every=5) as checkpoint:
         equal(run(checkpoint=checkpoint), resumed)  # a finished run is only read
+
+
+def test_a_run_that_ended_early_stays_ended(tmp_path):
+    evaluate = Evaluate(5, lambda step, learnables: step, stop=lambda step: step == 10)
+    ends = []
+    for _ in range(2):
+        with Checkpoint(tmp_path, every=5) as checkpoint:
+            ends.append(run(checkpoint=checkpoint, evaluate=evaluate))
+    assert list(ends[0].evaluations) == [5, 10] and list(ends[1].evaluations) == [10]
+    equal(ends[1].learnables, ends[0].learnables)
+    equal(ends[1].history, ends[0].history)
+    assert ends[0].history["loss"].shape == (10,)
 
 
 def test_chunks_change_nothing():

@@ -1,6 +1,6 @@
 """Adaptive methods step by step against FusionBench's own loops (recorded by tests/parity/record_adaptive.py).
 
-Its numbers are float64; ours are computed in float32, with the entropy of log-softmax instead of log(p + 1e-8).
+Its numbers are float64; ours are computed in float32.
 """
 
 import functools
@@ -26,6 +26,7 @@ from tests.adaptive import fusionbench_setting as setting
 
 STEPS, MASK_STEPS, TASKS = setting.STEPS, setting.MASK_STEPS, len(setting.TASKS)
 SHAPES = setting.shapes()
+ENTROPY = {"entropy_eps": 1e-8}
 # A bias of all keys shifts a query's scores alike and softmax takes it out: its gradient is rounding error, which Adam
 # makes a step of.
 MOVED = np.array(["k_proj.bias" not in name for name in SHAPES])
@@ -108,7 +109,7 @@ def same_model(table, found, expected, atol):
 
 @pytest.mark.parametrize("mode, name", [("tensor", "layer_wise"), ("task", "task_wise")])
 def test_adamerging(given, same_batches, mode, name):
-    how = {"mode": mode, "constraint": "identity", "steps": STEPS, "learning_rate": setting.RATE}
+    how = {"mode": mode, "constraint": "identity", "steps": STEPS, "learning_rate": setting.RATE, **ENTROPY}
     found, coefficients, _ = trajectory(adamerging, given, **how)
     expected = recorded()[f"{name}_coefficients"]
     close(found.history["objective"], recorded()[f"{name}_losses"], 1e-4, "losses")
@@ -142,7 +143,7 @@ def same_draws(monkeypatch, given):
 def test_concrete_task_arithmetic(given, same_batches, same_draws):
     key = jax.random.key(0)
     same_draws([*(jax.random.fold_in(key, step) for step in range(STEPS)), key])
-    how = {"scale": 0.3, "steps": STEPS, "learning_rate": setting.MASK_RATE}
+    how = {"scale": 0.3, "steps": STEPS, "learning_rate": setting.MASK_RATE, **ENTROPY}
     found, _, logits = trajectory(concrete_task_arithmetic, given, **how)
     expected = recorded()["concrete_ta_logits"]
     close(found.history["objective"], recorded()["concrete_ta_losses"], 1e-4, "losses")
@@ -156,7 +157,7 @@ def test_concrete_adamerging(given, same_batches, same_draws):
     key = jax.random.key(0)
     same_draws([*(jax.random.split(jax.random.fold_in(key, step))[0] for step in range(MASK_STEPS)), key])
     how = {"constraint": "identity", "steps": MASK_STEPS, "learning_rate": setting.MASK_RATE, "fresh_mask": False}
-    how |= {"stale_gradient": True, "coefficient_steps": STEPS - MASK_STEPS}
+    how |= {"stale_gradient": True, "coefficient_steps": STEPS - MASK_STEPS, **ENTROPY}
     how |= {"coefficient_learning_rate": setting.RATE, "inner_learning_rate": setting.INNER_RATE}
     whole = given[0], given[1]._replace(scanned=False)  # compiles in two thirds of the time
     found, coefficients, logits = trajectory(concrete_adamerging, whole, **how)
@@ -190,12 +191,7 @@ class Kept:
 
 
 def test_surgery(given, monkeypatch):
-    problem, module = given[1], sys.modules["taskvec.modular.surgery"]
-
-    def normalised(params, batch, **options):  # FusionBench corrects normalised features, the paper those before
-        z = problem.apply_fn(params, batch, **options)["features"]
-        return {"features": z / jnp.linalg.norm(z, axis=1, keepdims=True)}
-
+    module = sys.modules["taskvec.modular.surgery"]
     steps = [np.concatenate([setting.images(t, s) for s in range(STEPS)]).transpose(0, 2, 3, 1) for t in range(TASKS)]
     rows = rows_lib.arrays([{"image": images} for images in steps])
     numbers = lambda step: np.tile(step * setting.ROWS + np.arange(setting.ROWS), (TASKS, 1)).astype(np.int32)
@@ -212,10 +208,14 @@ def test_surgery(given, monkeypatch):
     monkeypatch.setattr(module, "make_fit", with_batches)
     monkeypatch.setattr(module, "init_adapters", start)
     kept = Kept()
-    how = {"rank": setting.RANK, "steps": STEPS, "loop": Loop(chunk=1, checkpoint=kept)}
-    found = surgery(problem._replace(apply_fn=normalised), rows, **how)
+    how = {"rank": setting.RANK, "normalise": True, "steps": STEPS, "loop": Loop(chunk=1, checkpoint=kept)}
+    found = surgery(given[1], rows, **how)
     close(found.history["l1"], recorded()["surgery_losses"], 1e-6, "losses")
     for step, learnables in enumerate(kept.learnables):
         for part in ("down", "up"):
             close(learnables[part], recorded()[f"surgery_{part}"][step + 1], 1e-4, f"{part} after step {step}")
     assert len(kept.learnables) == STEPS and np.abs(found.learnables["up"]).max() > 0.01
+    z = np.random.default_rng(0).normal(size=(5, setting.CONFIG["projection_dim"]))
+    unit = z / np.linalg.norm(z, axis=1, keepdims=True)
+    down, up = (recorded()[f"surgery_{part}"][-1][1] for part in ("down", "up"))
+    close(found.merged.features_for(1, z), unit - np.maximum(unit @ down.T, 0) @ up.T, 1e-4, "corrected features")

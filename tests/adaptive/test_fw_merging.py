@@ -101,6 +101,43 @@ def test_hard_trajectory(granularity, point, measure):
         np.testing.assert_allclose(theta0[k] + np.tensordot(row, tau[k], 1), theta[k], atol=1e-5)
 
 
+def test_hard_steps_by_ties():
+    theta0, tau, kernels, rows, problem = setting()
+    how = {"merge": "ties", "density": 0.3, "scale": 0.9, "step_size": 1.0, "start": 0.6, "granularity": "tensor"}
+    seen = []
+    watch = Loop(on_start=seen.append, on_chunk=lambda step, metrics: seen.append(step))
+    found = fw_hard(problem, rows, rounds=8, shots=SHOTS, batch_size=4, seed=1, point="vectors", loop=watch, **how)
+    flat = lambda tree: np.concatenate([tree[k].reshape(-1) for k in NAMES])
+    n = flat(theta0).size
+
+    def trimmed(vector):
+        least = np.sort(np.abs(vector))[n - int(0.3 * n) - 1]  # the released code's: one entry more
+        return np.where(np.abs(vector) >= least, vector, 0)
+
+    def moved(theta, vector, eta):
+        at = np.cumsum([0, *(theta[k].size for k in NAMES)])
+        return {k: theta[k] + eta * vector[i:j].reshape(theta[k].shape) for k, i, j in zip(NAMES, at, at[1:])}  # noqa: B905
+
+    kept = np.stack([trimmed(flat({k: tau[k][t] for k in NAMES})) for t in range(POOL)])
+    agreeing = np.where(np.sign(kept) == np.sign(kept.sum(0)), kept, 0)
+    theta = moved(theta0, agreeing.sum(0) / np.maximum((agreeing != 0).sum(0), 1), 0.6)
+    pool = [{k: theta0[k] + tau[k][t] for k in NAMES} for t in range(POOL)] + [theta, theta0]
+    picks = []
+    for i in range(8):
+        each = [proxy(theta, rows, kernels, t, 1, i)[1] for t in range(3)]
+        g = {k: sum(grads[k] for grads in each) / 3 for k in NAMES}
+        table = np.array([[score(g[k], s[k] - theta0[k], "cosine") for k in NAMES] for s in pool[:-1]])
+        chosen = [int(c.argmin()) if c.min() < 0 else POOL + 1 for c in table.T]
+        vertex = {k: pool[c][k] for k, c in zip(NAMES, chosen, strict=True)}
+        theta = moved(theta, trimmed(flat(vertex) - flat(theta)), 0.9 * 2 / (i + 2))
+        picks.append(chosen)
+    np.testing.assert_array_equal(found.history["chosen"], picks)
+    assert POOL in np.array(picks) and len(np.unique(picks)) > 2
+    for k in NAMES:
+        np.testing.assert_allclose(found.params[k], theta[k], atol=1e-5)
+    assert found.coefficients is None and seen == [8, *range(1, 9)]
+
+
 def soft_oracle(theta0, tau, kernels, rows, granularity, rounds, steps, rate, seed):
     theta, batches, losses, picks = dict(theta0), rows_lib.together(rows, ROWS, seed), [], []
     for i in range(rounds):
@@ -179,5 +216,13 @@ def test_errors():
         fw_soft(problem, rows.only([0, 1]))
     with pytest.raises(ValueError, match="model, tensor"):
         fw_hard(problem, rows, granularity="layer")
+    with pytest.raises(ValueError, match="task_arithmetic, ties"):
+        fw_hard(problem, rows, merge="dare")
+    for method in (fw_hard, fw_soft):
+        for field, value in {"checkpoint": object(), "evaluate": object(), "pieces": 2}.items():
+            with pytest.raises(ValueError, match=f"takes no Loop.{field}=....: it goes round by round"):
+                method(problem, rows, loop=Loop(**{field: value}))
+    with pytest.raises(ValueError, match=r"fw_hard takes no Loop.place="):
+        fw_hard(problem, rows, loop=Loop(place=object()))
     with pytest.raises(ValueError, match="entropy, cross_entropy"):
         fw_soft(problem, rows, objective="kl")

@@ -36,6 +36,20 @@ def test_entropy_and_its_gradient(fill):
     assert (grad[1, :, 3] == 0).all()
 
 
+@pytest.mark.parametrize("fill", [-1e9, -np.inf])
+def test_entropy_with_epsilon(fill):
+    """FusionBench's, with an epsilon that can be seen."""
+    expected = [np.mean([-(p * np.log(p + 0.05)).sum() for p in probabilities(t)]) for t in (0, 1)]
+    np.testing.assert_allclose(objectives.entropy(padded(fill), eps=0.05), expected, rtol=1e-5)
+    grad = jax.grad(lambda x: objectives.entropy(x, eps=0.05).sum())(padded(fill))
+    for t in (0, 1):
+        p = probabilities(t)
+        slope = np.log(p + 0.05) + p / (p + 0.05)
+        wanted = -p * (slope - (p * slope).sum(-1, keepdims=True)) / 5
+        np.testing.assert_allclose(grad[t, :, : CLASSES[t]], wanted, rtol=1e-4, atol=1e-6)
+    assert (grad[1, :, 3] == 0).all()
+
+
 def test_a_certain_prediction_has_no_entropy_and_a_finite_gradient():
     logits = jnp.array([[[1e4, 0.0, -1e4]]])
     assert objectives.entropy(logits) == 0
@@ -86,12 +100,18 @@ def js(x, y):
     return 0.5 * (p * np.log(p / m)).sum() + 0.5 * (q * np.log(q / m)).sum()
 
 
+def mean_logit(x, y):
+    m = softmax((x + y) / 2)
+    return sum((p * np.log(p / m)).sum() for p in (softmax(x), softmax(y)))
+
+
 @pytest.mark.parametrize("fill", [-1e9, -np.inf])
 @pytest.mark.parametrize(
     "name, reference",
     [
         ("kl", lambda x, y: (softmax(y / 2) * np.log(softmax(y / 2) / softmax(x / 2))).sum()),
         ("jensen_shannon", js),
+        ("mean_logit_divergence", mean_logit),
         ("pseudo_label", lambda x, y: -np.log(softmax(x)[y.argmax()])),
     ],
 )
@@ -99,6 +119,7 @@ def test_distances_to_a_teacher(name, reference, fill):
     function = {
         "kl": lambda x, y: objectives.kl(x, y, temperature=2.0),
         "jensen_shannon": objectives.jensen_shannon,
+        "mean_logit_divergence": objectives.mean_logit_divergence,
         "pseudo_label": objectives.pseudo_label,
     }[name]
     np.testing.assert_allclose(function(padded(fill), padded_teacher(fill)), of_tasks(reference), rtol=1e-5)

@@ -7,9 +7,10 @@ import pytest
 
 from taskvec.adaptive import objectives, rows as rows_lib
 from taskvec.adaptive.divmerge import divmerge
+from taskvec.adaptive.learn import Outputs
 from taskvec.adaptive.optimisers import by_task
 from taskvec.adaptive.samerging import samerging
-from taskvec.adaptive.symerge import symerge
+from taskvec.adaptive.symerge import OBJECTIVES, symerge
 from tests.adaptive import mlp_oracle as oracle
 from tests.adaptive.mlp_oracle import CLASSES, ROWS, SCALE, TASKS
 
@@ -58,8 +59,8 @@ def symerge_reference(theta0, tau, kernels, rows, rounds, confident, rate):
 def test_symerge_trajectory(confident):
     theta0, tau, kernels, rows = oracle.setting(2)
     found = symerge(
-        oracle.problem(theta0, tau, kernels), rows, confident=confident, rounds=20, per_task=ROWS,
-        head_learning_rate=2e-2, learning_rate=2e-2,
+        oracle.problem(theta0, tau, kernels), rows, objective="confident" if confident else "labels", rounds=20,
+        per_task=ROWS, head_learning_rate=2e-2, learning_rate=2e-2,
     )  # fmt: skip
     lam, heads, dropped = symerge_reference(theta0, tau, kernels, rows, 20, confident, 2e-2)
     np.testing.assert_allclose(found.coefficients, lam, atol=1e-4)
@@ -79,6 +80,24 @@ def test_symerge_together_and_errors():
     assert (np.asarray(found.heads.kernel) != np.asarray(problem.heads.kernel)).any((1, 2)).all()
     with pytest.raises(ValueError, match="in_turn, together"):
         symerge(problem, rows, schedule="joint")
+    with pytest.raises(ValueError, match="confident, labels, soft, entropy, features"):
+        symerge(problem, rows, objective="kl")
+
+
+def test_other_objectives_of_symerge():
+    rng = np.random.default_rng(0)
+    x, y, z, target = (rng.normal(size=(1, 4, 3)).astype(np.float32) for _ in range(4))
+    p, q = (oracle.softmax(each[0].astype(np.float64)) for each in (x, y))
+    outputs = Outputs(jnp.asarray(x), jnp.asarray(z), {"target_features": jnp.asarray(target)}, jnp.asarray(y))
+    wanted = {
+        "labels": -np.log(p[np.arange(4), y[0].argmax(1)]).mean(),
+        "soft": (q * np.log(q / p)).sum(1).mean(),
+        "entropy": -(p * np.log(p)).sum(1).mean(),
+        "features": np.abs(z - target).mean(),
+    }
+    assert {*wanted, "confident"} == set(OBJECTIVES)
+    for name, value in wanted.items():
+        np.testing.assert_allclose(OBJECTIVES[name](outputs), [value], rtol=1e-5)
 
 
 def test_a_batch_of_which_nothing_is_kept_changes_nothing():
@@ -113,6 +132,16 @@ def softened_kl(teacher, temperature=2.0):
     return objective
 
 
+def mean_logit(teacher):
+    def objective(i, logits):
+        p, q, m = (oracle.softmax(x) for x in (logits, teacher[i], (logits + teacher[i]) / 2))
+        value = (p * np.log(p / m) + q * np.log(q / m)).sum(1).mean()
+        g = np.log(p / m)
+        return value, (p * (g - (p * g).sum(1, keepdims=True)) + m - (p + q) / 2) / len(p)
+
+    return objective
+
+
 def test_divmerge_trajectory():
     theta0, tau, kernels, rows = oracle.setting()
     problem = oracle.problem(theta0, tau, kernels)
@@ -131,16 +160,16 @@ def test_divmerge_trajectory():
         divmerge(problem, rows, divergence="jsd")
 
 
-@pytest.mark.parametrize("adaptive", [False, True])
-def test_samerging_trajectory(adaptive):
+@pytest.mark.parametrize("adaptive, name", [(False, "kl"), (True, "jsd")])
+def test_samerging_trajectory(adaptive, name):
     theta0, tau, kernels, rows = oracle.setting()
     problem = oracle.problem(theta0, tau, kernels)
     settings = {"rho": 0.3, "weight_decay": 0.1, "learning_rate": 1e-2}
-    found = samerging(problem, rows, steps=60, per_task=ROWS, adaptive=adaptive, **settings)
+    found = samerging(problem, rows, steps=60, per_task=ROWS, adaptive=adaptive, objective=name, **settings)
     lam, adam, batches, losses = {"lam": np.zeros((4, TASKS))}, oracle.Adam(1e-2), rows_lib.cyclic(rows, ROWS), []
     for step in range(60):
         x = batches(step)["x"]
-        objective = softened_kl(oracle.teacher_logits(theta0, tau, kernels, x))
+        objective = {"kl": softened_kl, "jsd": mean_logit}[name](oracle.teacher_logits(theta0, tau, kernels, x))
 
         def gradient(c):
             theta = oracle.merged(theta0, tau, c)
@@ -154,4 +183,6 @@ def test_samerging_trajectory(adaptive):
         losses.append(loss)
     np.testing.assert_allclose(found.coefficients, lam["lam"], atol=1e-4)
     np.testing.assert_allclose(found.history["loss"], losses, rtol=1e-3)
-    assert np.abs(lam["lam"]).max() > 0.2
+    assert np.abs(lam["lam"]).max() > 0.15
+    with pytest.raises(ValueError, match="kl, jsd, cross_entropy, entropy"):
+        samerging(problem, rows, objective="js")

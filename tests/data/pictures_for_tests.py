@@ -1,5 +1,6 @@
 """Tiny pictures and suites on disk for tests."""
 
+import functools
 import io
 
 import numpy as np
@@ -13,6 +14,7 @@ def picture(number: int, size: tuple[int, int] = (20, 16)) -> np.ndarray:
     return np.asarray(Image.fromarray(coarse).resize(size, Image.Resampling.BILINEAR))
 
 
+@functools.cache
 def png(number: int, size: tuple[int, int] = (20, 16)) -> bytes:
     """The picture as a PNG file."""
     file = io.BytesIO()

@@ -1,12 +1,15 @@
 """The published image suites: names and templates, protocols, and both layouts on disk."""
 
+import io
 import json
+import tarfile
 
 import numpy as np
 import pytest
 
-from taskvec.data import base, clip_suites, lazy, sources, suites
+from taskvec.data import base, clip_suites, lazy, sources, suites, webdataset
 from tests.data.pictures_for_tests import folders, picture, png
+from tests.io import hub_for_tests as fake_hub
 
 COUNTS = {  # classes and templates, counted in the sources
     "sun397": (397, 2), "cars": (196, 8), "resisc45": (45, 18), "eurosat": (10, 3), "svhn": (10, 1), "gtsrb": (43, 3),
@@ -111,8 +114,6 @@ def test_missing_and_wrong_folders(tmp_path):
         clip_suites.load("dtd", "fusion_bench", str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"lay them out as FOLDER/dtd/\{train,val\}"):
         clip_suites.load("dtd", "tall_masks", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="no hub repository is known"):
-        clip_suites.load("fer2013", "fusion_bench", str(tmp_path))
     folders(tmp_path / "svhn" / "train", "0123456789", 1)
     with pytest.raises(FileNotFoundError, match="the test images of svhn belong there"):
         clip_suites.load("svhn", "fusion_bench", str(tmp_path))
@@ -148,6 +149,61 @@ def test_hub_layout(tmp_path):
     task = clip_suites.load("svhn", "fusion_bench", str(tmp_path))
     assert task.classes == tuple("0123456789") and len(task.train.labels) == 10
     np.testing.assert_array_equal(task.test.inputs["raw"][3][0], picture(3))
+
+
+FACES = ("angry", "disgusted", "fearful", "happy", "neutral", "sad", "surprised")
+
+
+def faces(root):
+    """FER2013 as on the hub: two shards of training rows, one of test rows, and the names of the labels."""
+    for split, shards in (("train", 2), ("test", 1)):
+        (root / split).mkdir(parents=True)
+        for shard in range(shards):
+            with tarfile.open(root / split / f"{shard}.tar", "w") as tar:
+                for row in range(7 * shard, 7 * shard + 7):
+                    for suffix, data in (("cls", str(row % 7).encode()), ("png", png(row))):
+                        info = tarfile.TarInfo(f"s{row:07}.{suffix}")
+                        info.size = len(data)
+                        tar.addfile(info, io.BytesIO(data))
+    (root / "classnames.txt").write_text("".join(f"{name}\n" for name in FACES))
+    return root
+
+
+def test_faces_in_tar_files(tmp_path, monkeypatch):
+    root = faces(tmp_path / "clip-benchmark" / "wds_fer2013")
+    fake_hub.install(monkeypatch, tmp_path, tmp_path / "fetched")
+    for source in (str(tmp_path), "hub"):
+        task = clip_suites.load("fer2013", "fusion_bench", source)
+        assert task.classes == FACES and task.train.labels.tolist() == [*range(7)] * 2 and len(task.test.labels) == 7
+        np.testing.assert_array_equal(task.train.inputs["raw"][[9, 2]], [picture(9), picture(2)])
+        # The open_clip line counts sad 4, surprised 5, neutral 6.
+        other = clip_suites.load("fer2013", "tall_masks", source)
+        assert other.test.labels.tolist() == [0, 1, 2, 3, 6, 4, 5] and other.classes[6] == "['neutral', 'bored']"
+    (root / "test" / "0.tar").write_bytes((root / "test" / "0.tar").read_bytes()[:5000])
+    with pytest.raises(ValueError, match=r"test.0\.tar: not a readable tar file"):
+        clip_suites.load("fer2013", "fusion_bench", str(tmp_path))
+    (root / "classnames.txt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"classnames\.txt is not there"):
+        clip_suites.load("fer2013", "fusion_bench", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"a.png": png(0)}, r"x\.tar, row a: no label \(\.cls\); it has \.png"),
+        ({"a.cls": b"1", "a.txt": b""}, r"row a: 0 images; want one"),
+        ({"in/a.cls": b"2", "in/a.jpg": b""}, r"row in/a: label b'2', allowed 0 to 1"),
+        ({"a.cls": b"one", "a.jpg": b""}, "label b'one', allowed 0 to 1"),
+    ],
+)
+def test_rows_of_tar_files_that_are_not_whole(tmp_path, files, message):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    with pytest.raises(ValueError, match=message):
+        webdataset.read([tmp_path / "x.tar"], ("no", "yes"))
 
 
 def test_the_hub_out_of_reach(monkeypatch):

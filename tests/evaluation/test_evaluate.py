@@ -1,9 +1,15 @@
 """Evaluation: row order, padding, padded classes, corrections, one compilation."""
 
+import concurrent.futures
+import threading
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
+from taskvec.evaluation import scorers
 from taskvec.evaluation.evaluate import evaluate
 from taskvec.evaluation.scorers import encode
 from taskvec.modular import results
@@ -59,6 +65,46 @@ def test_static_and_task_conditioned_results():
             np.testing.assert_array_equal(found.correct[t], correct)
             assert found.accuracy[t] == correct.mean()
     assert len(traces) == 1
+
+
+def test_of_processes_each_runs_its_part(monkeypatch):
+    """Threads stand for two processes: each has two rows of every batch of four, both end with what one has."""
+    here, both, given = threading.local(), threading.Barrier(2), {}
+
+    def gathered(x, tiled):
+        assert tiled
+        given[here.number] = x
+        both.wait(20)
+        found = np.concatenate([given[0], given[1]])
+        both.wait(20)
+        return found
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "process_allgather", gathered)
+    seen, texts = [[], []], ["no", "", "yes yes", "Å"]
+
+    def mine(t):
+        for batch in batches(t):
+            part = {key: x[2 * here.number :][:2] for key, x in batch.items()}
+            seen[here.number] += [int(i) for i in part["index"] if i >= 0]
+            yield part
+
+    def process(number):
+        here.number = number
+        found = evaluate(model(), results.static({"w": jnp.asarray(W[0])}), [mine(0), mine(1)], make_heads(KERNELS))
+        index = np.array([[0, 1], [2, 3]], np.int32)[number]
+        answers = [{"i": index, "index": index, "label": np.zeros(2, np.int32)}]
+        return found, scorers.by_row(lambda batch: np.array([texts[i] for i in batch["i"]], object), answers, 4)
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        ends = list(pool.map(process, (0, 1)))
+    for found, written in ends:
+        assert written.tolist() == texts
+        for t in (0, 1):
+            z, correct = expected(t, W[0])
+            np.testing.assert_allclose(found.outputs[t], z, rtol=1e-5, atol=1e-5)
+            assert found.accuracy[t] == correct.mean()
+    assert sorted(seen[0] + seen[1]) == sorted([*range(10), *range(7)]) and all(seen)
 
 
 def test_every_row_is_needed_once():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from configs import adaptive, clip, text8
-from experiments import output, prepare, runs
+from experiments import few_shot_heads, output, prepare, runs
 from taskvec.adaptive import registry
 from taskvec.data import clip_suites
 from tests.experiments import published as stand_ins
@@ -78,16 +78,18 @@ def run(bench, config, label, done):
         done = {**done, settings["on"]: run(bench, config, settings["on"], done)}
     outcome = runs.run(bench, label, settings, done)
     assert len(outcome.test) == len(bench.tasks)
-    for features, task in zip(outcome.test, bench.tasks, strict=True):
+    for t, (features, task) in enumerate(zip(outcome.test, bench.tasks, strict=True)):
         assert features.shape == (len(task.test.labels), bench.heads.kernel.shape[1])
         assert np.isfinite(features).all()
+        assert outcome.scorer(bench).score(t, features, task.test.labels).shape == task.test.labels.shape
+    assert outcome.head_trained == (output.method_of(config, label) in ("symerge", *few_shot_heads.SETTINGS))
     return outcome
 
 
 def test_every_method_has_a_config(stand_in):
     configs = [config_of(name, stand_in) for name in NAMES]
     found = {output.method_of(config, label) for config in configs for label in own(config)}
-    assert found - {"task_arithmetic", "ties"} == registry.methods().keys()
+    assert found - {"task_arithmetic", "ties"} == registry.methods().keys() | few_shot_heads.SETTINGS.keys()
 
 
 @pytest.mark.parametrize("name", NAMES)

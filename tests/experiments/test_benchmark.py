@@ -27,7 +27,7 @@ def check_results(config, workdir):
     assert individual.task_id_needed and individual.normalised_accuracy == 1
     report = (workdir / "report.md").read_text()
     assert all(f"| {label} |" in report for label in config.methods) and "standard error" in report
-    for figure in ("accuracy.png", "coefficients.png"):
+    for figure in ("accuracy.png", "coefficients_adamerging.png"):
         with Image.open(workdir / figure) as image:
             assert min(image.size) > 200
     found = coefficients.load(workdir / "coefficients_adamerging")

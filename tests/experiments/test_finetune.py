@@ -15,7 +15,9 @@ from jax.experimental.compilation_cache import compilation_cache
 from configs import finetune_clip, finetune_text
 from experiments import experts, finetune, prepare
 from taskvec import cli, models, tree as trees
+from taskvec.data import clip_suites, suites
 from taskvec.io import safetensors
+from taskvec.training import recipes
 
 RECORDED = pathlib.Path(__file__).parents[1] / "models" / "recorded"
 WORDS = ("a", "photo", "of", "cat", "dog", "fish", "good", "bad", "thing", "yes", "no")
@@ -62,6 +64,10 @@ def clip(tmp_path):
 
 @pytest.fixture
 def pictures(tmp_path):
+    return write_pictures(tmp_path)
+
+
+def write_pictures(folder):
     """Two tasks of pictures, described with classes and templates."""
     rng = np.random.default_rng(0)
     tasks = {}
@@ -71,10 +77,10 @@ def pictures(tmp_path):
             labels = np.arange(n) % len(classes)
             pixels = rng.integers(0, 200, (n, 24, 30, 3)) + labels[:, None, None, None] * 20
             splits |= {f"x_{split}": pixels.astype(np.uint8), f"y_{split}": labels}
-        np.savez(tmp_path / f"{name}.npz", **splits)
+        np.savez(folder / f"{name}.npz", **splits)
         tasks[name] = {"format": "npz", "file": f"{name}.npz", "classes": classes, "templates": ["a photo of a {}"]}
-    (tmp_path / "tasks.json").write_text(json.dumps({"kind": "image", "tasks": tasks}))
-    return tmp_path / "tasks.json"
+    (folder / "tasks.json").write_text(json.dumps({"kind": "image", "tasks": tasks}))
+    return folder / "tasks.json"
 
 
 def config_of(clip, pictures, **more):
@@ -134,8 +140,10 @@ def test_a_run_killed_by_the_system_ends_with_the_same_bits(tmp_path, clip, pict
 def test_low_rank_experts_are_merged_by_the_command(tmp_path, clip, pictures):
     config = config_of(clip, pictures, train="lora", recipe="ft_fusionbench")
     config.trainable.update({"rank": 2, "alpha": 4.0})
-    config.finetune.learning_rate = 1e-2
+    config.finetune.update({"learning_rate": 1e-2, "accumulate": 2, "dropout": 0.1, "label_smoothing": 0.1})
     finetune.finetune(config, tmp_path / "out")
+    lines = [json.loads(x) for x in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in lines] == [1, 2, 3, 4] * 2  # batches
     folders = [tmp_path / "out" / "seed0" / task for task in ("one", "two")]
     about = json.loads((folders[0] / "expert.json").read_text())
     assert set(about["accuracy"]) == {"pretrained", "expert"} and about["trainable"]["kind"] == "lora"
@@ -204,6 +212,39 @@ def test_text_models(tmp_path):
     assert (tmp_path / "out5" / "seed0" / "rte" / "tokenizer.json").is_file()
 
 
+# Training rows as published; of flowers without its validation images.
+ROWS = {
+    "sun397": 19850, "cars": 8144, "resisc45": 18900, "eurosat": 21600, "svhn": 73257, "gtsrb": 26640, "mnist": 60000,
+    "dtd": 3760, "flowers102": 1020, "pcam": 262144, "fer2013": 28709, "pets": 3680, "stl10": 5000, "cifar100": 50000,
+    "cifar10": 50000, "food101": 75750, "fashion_mnist": 60000, "emnist": 240000, "kmnist": 60000,
+    "rendered_sst2": 6920,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("suite", clip_suites.SUITES)
+def test_every_published_task_has_its_recipe_and_protocol(suite):
+    published = {}
+    for recipe in recipes.RECIPES:
+        if recipe in ("ft_peta", "small"):
+            with pytest.raises(ValueError, match=f"none that {suite} was published with: take ft_ilharco, ft_ilh"):
+                finetune_clip.get_config(f"suite={suite},recipe={recipe}")
+            continue
+        config = finetune_clip.get_config(f"suite={suite},recipe={recipe}")
+        published[recipe] = suites.protocol(config.suite).split("/")[1].split("-")[0], config.augment
+        kept = {"kind": "matching", "include": ".", "exclude": "^projection/"}
+        assert config.trainable.to_dict() == ({"kind": "full"} if config.augment else kept)
+        made, about = recipes.Recipe(**config.finetune), {"flowers102": 1140, "emnist": 3672}
+        for task in clip_suites.SUITES[suite]:
+            rows = ROWS[task] - min(ROWS[task] // 10, 5000)  # without those held out
+            steps = made.for_task(task, rows, config.suite.family).steps
+            wanted = about.get(task, 2000) if config.augment else 4000  # about 2,000, all sources say
+            assert abs(steps / wanted - 1) < (0.12 if config.augment else 1e-9), (recipe, task, steps)
+    open_clip = ("task_vectors" if suite == "clip8" else "tall_masks", True)
+    assert published == {
+        "ft_ilharco": open_clip, "ft_ilharco_l14": open_clip, "ft_fusionbench": ("fusion_bench", False),
+    }  # fmt: skip
+
+
 def test_mistakes_are_reported_before_the_work(tmp_path, clip, pictures):
     def refused(match, change=lambda config: None, error=ValueError, **more):
         config = config_of(clip, pictures, **more)
@@ -226,3 +267,13 @@ def test_mistakes_are_reported_before_the_work(tmp_path, clip, pictures):
         config_of(clip, pictures, train="lra")
     with pytest.raises(ValueError, match="unknown recipe"):
         config_of(clip, pictures, recipe="ilharco")
+    with pytest.raises(ValueError, match="train=tangent trains it"):
+        config_of(clip, pictures, recipe="ft_fusionbench", train="tangent")
+    with pytest.raises(ValueError, match="clip8 has no stl10"):
+        finetune_clip.get_config("tasks=mnist+stl10")
+    with pytest.raises(ValueError, match="suite='clip9'; allowed: clip8"):
+        finetune_clip.get_config("suite=clip9")
+    assert finetune_clip.PROTOCOLS.keys() == recipes.RECIPES.keys()
+    for recipe, preprocess in (("ft_peta", "square"), ("small", "clip"), ("ft_ilharco", "clip_round")):
+        assert config_of(clip, pictures, recipe=recipe).suite.preprocess == preprocess
+    assert config_of(clip, pictures, recipe="ft_peta", train="lt_sft").trainable.exclude == "norm|^projection/"

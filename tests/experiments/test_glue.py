@@ -16,6 +16,7 @@ from taskvec import models, tree as trees
 from taskvec.evaluation import rows as rows_lib
 from taskvec.io import peft, safetensors
 from tests.experiments.test_finetune import WORDS, with_tokenizer
+from tests.io import hub_for_tests as fake_hub, torch_files_for_tests as torch_files
 
 METHODS = ("pretrained", "weight_average", "individual")
 WORD = {word: 4 + i for i, word in enumerate(WORDS)}
@@ -108,14 +109,18 @@ def test_lora_experts(pairs_of_sentences):
 
 
 @pytest.mark.parametrize("name", ["roberta_base", "gpt2"])
-def test_heads_of_experts(pairs_of_sentences, name):
-    """Heads that know the share of a class by their bias, or by a weight on a feature that is above zero."""
+def test_heads_of_experts(pairs_of_sentences, name, monkeypatch):
+    """Heads that know the share of a class by their bias, or by a weight on a feature that is above zero.
+
+    RoBERTa comes from the hub: the experts are folders of one repository, with PyTorch's files.
+    """
     at = pairs_of_sentences
-    base, first = ("roberta-base", 0) if name == "roberta_base" else ("gpt2", None)
+    base, first = ("FacebookAI/roberta-base", 0) if name == "roberta_base" else ("gpt2", None)
+    (at / "FacebookAI").mkdir()
     recorded = stand_in(at / base, "roberta_tiny" if first == 0 else "gpt2_tiny", first, 2)
     tensors = safetensors.load(recorded / "model.safetensors")
     for task, label in (("mrpc", 1), ("rte", 0)):
-        place = f"{task}/roberta-base_lr1e-05" if first == 0 else f"gpt2_{task}"
+        place = f"vanillaOVO/roberta_base_glue_ckpts/{task}/roberta-base_lr1e-05" if first == 0 else f"gpt2_{task}"
         width = 24
         if first == 0:
             head = {
@@ -129,12 +134,18 @@ def test_heads_of_experts(pairs_of_sentences, name):
             named |= {"transformer.ln_f.weight": np.zeros(width), "transformer.ln_f.bias": np.ones(width)}
             head = {"score.weight": np.eye(2)[label][:, None] * np.ones(width)}
         (at / place).mkdir(parents=True)
-        safetensors.save(at / place, {key: np.asarray(x, np.float32) for key, x in (named | head).items()})
+        write = torch_files.save_folder if first == 0 else safetensors.save
+        write(at / place, {key: np.asarray(x, np.float32) for key, x in (named | head).items()})
         (at / place / "config.json").write_text((recorded / "config.json").read_text())
-    arg = f"model={name},checkpoints={at},source={at / 'data'},tasks=mrpc+rte,length=16,runlocal"
-    found = run(glue.get_config(arg), at / "results")
+    fake_hub.install(monkeypatch, at, at / "fetched")
+    arg = f"model={name},source={at / 'data'},tasks=mrpc+rte,length=16,runlocal"
+    found = run(glue.get_config(arg if first == 0 else f"checkpoints={at},{arg}"), at / "results")
     assert found["individual"].accuracy == {"mrpc": 10 / 16, "rte": 6 / 16}
     assert found["individual"].protocol.endswith("/trained")
+    copied = glue.get_config(f"model={name},checkpoints={at},tasks=mrpc")
+    assert (copied.model, copied.checkpoints.mrpc) == (
+        (f"{at}/roberta-base", f"{at}/mrpc/roberta-base_lr1e-05") if first == 0 else (f"{at}/gpt2", f"{at}/gpt2_mrpc")
+    )
 
 
 def test_two_decoders(tmp_path):

@@ -1,11 +1,14 @@
 """The configs of published checkpoints, and of a transformer trained from nothing, on stand-ins of the true layout."""
 
+import jax
+import ml_collections
 import numpy as np
 import pytest
 
 from configs import clip, clip_small
-from experiments import benchmark, prepare
+from experiments import benchmark, experts, prepare
 from taskvec import models
+from taskvec.data.base import Split, Task
 from taskvec.evaluation import rows as rows_lib
 from tests.experiments import published as stand_ins
 from tests.experiments.published import ARCHITECTURE, arguments
@@ -40,7 +43,22 @@ def test_a_checkpoint_of_another_model(published):
         prepare.checkpoint(base, RECORDED / "clip_tower", "vision_projected")
 
 
-def test_from_nothing_to_a_merged_table(tmp_path, monkeypatch):
+def test_processes_share_the_rows(monkeypatch):
+    split = Split({"image": np.zeros((11, 2, 2, 3), np.uint8)}, np.arange(11) % 2)
+    task, config = Task("t", ("a", "b"), split, split, split), ml_collections.ConfigDict({"eval_batch_size": 4})
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    seen = []
+    for process in (0, 1):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        own = prepare.Bench(None, [task], None, [], 0, config).batches(0, "test")
+        seen += [row for batch in own for row in batch["index"] if row >= 0]
+        assert [len(batch["index"]) for batch in own] == [2, 2, 2]
+    assert sorted(seen) == list(range(11))
+    with pytest.raises(RuntimeError, match="fine-tuning t is done by one process, here are 2"):
+        experts.train(None, None, task, None, 0)
+
+
+def test_from_nothing_to_a_merged_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(prepare, "EXPERTS", tmp_path / "experts")
     monkeypatch.setenv("TASKVEC_CACHE", str(tmp_path / "cache"))
     rng = np.random.default_rng(0)
@@ -50,7 +68,19 @@ def test_from_nothing_to_a_merged_table(tmp_path, monkeypatch):
         np.savez(tmp_path / f"image_{name}.npz", **rows, **labels)
     config = clip_small.get_config(f"source={tmp_path},runlocal")
     config.suite.tasks = config.suite.tasks[:2]
-    config.methods, config.claims = ("pretrained", "weight_average", "individual"), (("pretrained", "individual"),)
+    config.methods = ("pretrained", "weight_average", "joint", "individual")
+    config.claims = (("pretrained", "individual"),)
     benchmark.benchmark(config, tmp_path / "results")
-    assert len(rows_lib.loads((tmp_path / "results" / "result.jsonl").read_text())) == 3
+    rows = {row.label: row for row in rows_lib.loads((tmp_path / "results" / "result.jsonl").read_text())}
+    assert rows.keys() == set(config.methods)
+    joint = rows["joint"]
+    assert (joint.data_access, joint.result, joint.task_id_needed) == ("labelled train", "static", False)
+    assert joint.seconds > 0 and joint.settings["balancer"] == "equal"
+    capsys.readouterr()
+    config.methods = ("joint", "individual")
+    config.claims = (("joint", "individual"),)
+    benchmark.benchmark(config, tmp_path / "again")
+    again = rows_lib.loads((tmp_path / "again" / "result.jsonl").read_text())[0]
+    assert (again.accuracy, again.seconds) == (joint.accuracy, joint.seconds)
+    assert "joint (seed 0): from the cache" in capsys.readouterr().err
     assert prepare.load_base(config).model.name == "clip_vision_model"  # from the cache, or it would train again

@@ -52,11 +52,11 @@ def test_settings_that_are_no_json_are_kept_as_text(tmp_path):
 def test_what_does_not_belong_together_is_refused(tmp_path):
     theta0, experts, _, wanted = made("tensor")
     with pytest.raises(ValueError, match=r"groups x, .*none of this model's"):
-        io.of(theta0, np.ones((1, 2)), ["x"], ["a", "b"])
+        io.of(theta0, np.ones((1, 2)), ["x"], ["a", "b"], "adamerging", {})
     with pytest.raises(ValueError, match=r"shape \(2, 1\); .1 groups, 2 tasks"):
-        io.of(theta0, np.ones((2, 1)), ["all"], ["a", "b"])
+        io.of(theta0, np.ones((2, 1)), ["all"], ["a", "b"], "adamerging", {})
     with pytest.raises(ValueError, match="NaN"):
-        io.of(theta0, np.full((1, 1), np.nan), ["all"], ["a"])
+        io.of(theta0, np.full((1, 1), np.nan), ["all"], ["a"], "adamerging", {})
     with pytest.raises(FileNotFoundError, match=r"x.npz is not there; .* x.npz and x.json"):
         io.load(tmp_path / "x")
     io.save(tmp_path / "x", wanted)

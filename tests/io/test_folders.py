@@ -9,6 +9,7 @@ import pytest
 from taskvec.io import prefixes, safetensors
 from taskvec.io.align import align, tied_to
 from taskvec.io.folders import open_model
+from tests.io import hub_for_tests as fake_hub, torch_files_for_tests as torch_files
 from tests.io.folders_for_tests import BF16, SHAPES, D, F, V, bert, family, llama, tensors, write
 
 
@@ -140,6 +141,44 @@ def test_a_hub_id_is_fetched_and_pinned_to_its_commit(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
     assert open_model("a/b@main").pinned == "a/b@0123abc"
     assert asked == {"name": "a/b", "revision": "main"}
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Repositories in folders ``OWNER/NAME`` below `hub.root`, fetched by patterns as from the hub; `hub.fetched`."""
+    return fake_hub.install(monkeypatch, tmp_path / "hub", tmp_path / "fetched")
+
+
+def test_weights_of_pytorch_are_fetched_where_there_are_no_others(hub):
+    arrays = tensors({"a": (2, 3)}, 0)
+    torch_files.save_folder(write(hub.root / "o" / "old", arrays), arrays)
+    write(hub.root / "o" / "new", arrays)
+    (hub.root / "o" / "new" / "pytorch_model.bin").write_bytes(b"large")
+    for name, file in (("o/old", "pytorch_model.bin"), ("o/new", "model.safetensors")):
+        model = open_model(name)
+        np.testing.assert_array_equal(model.read("a"), arrays["a"])
+        assert [path.name for path in model.files] == [file] and model.home.name == "0123abc"
+    assert not (model.home / "pytorch_model.bin").exists()
+
+
+def test_a_folder_of_a_hub_repository(hub, tmp_path, monkeypatch):
+    made = {task: tensors({"a": (2, 3)}, seed) for seed, task in enumerate(("cola", "rte"))}
+    write(hub.root / "o" / "many" / "cola" / "lr1e-05", made["cola"])
+    torch_files.save_folder(write(hub.root / "o" / "many" / "rte" / "lr1e-05", made["rte"]), made["rte"])
+    for task, arrays in made.items():
+        model = open_model(f"o/many/{task}/lr1e-05@main")
+        np.testing.assert_array_equal(model.read("a"), arrays["a"])
+        assert model.pinned == f"o/many/{task}/lr1e-05@0123abc" and model.home.name == "lr1e-05"
+        np.testing.assert_array_equal(open_model(model.pinned).read("a"), arrays["a"])
+        others = {"cola", "rte"} - {task}
+        assert task != "cola" or not any((hub.fetched / "o" / "many" / "0123abc" / other).exists() for other in others)
+    with pytest.raises(FileNotFoundError, match=r"the hub's o/many has no mrpc/lr1e-05; check"):
+        open_model("o/many/mrpc/lr1e-05")
+    # What begins with a folder of this disk is a path of this disk.
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "runs" / "best" / "cola", made["cola"])
+    with pytest.raises(FileNotFoundError, match=r"no file or folder here; runs/best holds cola"):
+        open_model("runs/best/colas")
 
 
 def test_prefixes():

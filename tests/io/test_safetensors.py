@@ -1,7 +1,11 @@
 """Safetensors: streamed reading and writing, and every way a file can be wrong."""
 
 import json
+import os
+import pathlib
 import shutil
+import subprocess
+import sys
 
 import jax
 import ml_dtypes
@@ -100,6 +104,25 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         writer.write("half", tensors()["half"])
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
     assert load(tmp_path).keys() == {"old"}
+
+
+def test_what_killed_processes_left_goes_and_what_others_write_stays(tmp_path):
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        pid, own = other.pid, os.getpid()
+        stays, goes = ["note", f"{pid}"], [f"{own}-1", "999999999", "999999999-5"]
+        stat = pathlib.Path(f"/proc/{pid}/stat")
+        if stat.exists():
+            stays.append(f"{pid}-{stat.read_text().split()[21]}")
+            goes.append(f"{pid}-1")  # another process had this number
+        for name in [*stays, *goes]:
+            (tmp_path / f".model.safetensors.{name}.tmp").write_text("")
+        save(tmp_path, tensors())
+        found = {path.name.split(".")[-2] for path in tmp_path.glob(".model.safetensors.*.tmp")}
+        assert found == set(stays)
+    finally:
+        other.kill()
+        other.wait()
 
 
 def test_writing_what_was_not_announced(tmp_path):

@@ -7,6 +7,7 @@ matters, is on its card.
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import taskvec as tv
 from taskvec import tree as trees
@@ -158,6 +159,34 @@ def has_a_true_card(method: Method) -> None:
     assert method.build.__doc__ and all(v is not None or k == "weights" for k, v in method.defaults.items())
 
 
+def behaves_as_its_card_says(method: Method) -> None:
+    """What the card says of `base`, `tasks`, `extras`, `data` and `result`."""
+    card, oracle, (low, high) = method.card, oracles.of(method.name), method.card.tasks
+    pretrained, finetuned = small_models(8, number_of_tasks(method, 3))
+    extras = oracle.extras(pretrained, finetuned) if oracle.extras else {}
+    result = tv.merge(method, pretrained, finetuned, extras=extras)
+    assert isinstance(result, PerTask) == (card.result == "task-conditioned") and not card.heads_trained
+    assert result.num_tasks == len(finetuned) if isinstance(result, PerTask) else result.keys() == pretrained.keys()
+
+    assert set(extras) == set(card.extras) and (card.extras or card.data == "none")
+    for name in card.extras:
+        with pytest.raises(ValueError, match=f"needs extras .*{name}"):
+            tv.merge(method, pretrained, finetuned, extras={k: v for k, v in extras.items() if k != name})
+    for count in (low - 1, high + 1 if high else 0):
+        with pytest.raises(ValueError, match=r"takes .* fine-tuned models|at least one fine-tuned model"):
+            tv.merge(method, pretrained, finetuned[:1] * count, extras=extras)
+
+    if card.base == "required":
+        with pytest.raises(ValueError, match="needs the pretrained model"):
+            tv.merge(method, None, finetuned, extras=extras)
+        return
+    # Without a pretrained model a method works on the weights: as from zero, which the integers are not.
+    without = tv.merge(method, None, finetuned, extras=extras)
+    zeros = jax.tree.map(lambda x: 0 * x if trees.is_float(x) else x, finetuned[0])
+    assert_close(without, tv.merge(method, zeros, finetuned, extras=extras))
+    assert bool(jnp.isfinite(without["embeddings"]["table"]).all())
+
+
 CHECKS = (
     bf16_is_close_to_fp32,
     zero_scale_gives_pretrained,
@@ -169,6 +198,7 @@ CHECKS = (
     eager_and_jitted_runs_agree,
     sharded_equals_unsharded,
     has_a_true_card,
+    behaves_as_its_card_says,
 )
 
 assert LAYERS > 1  # depth must mean something

@@ -9,7 +9,7 @@ import taskvec as tv
 from taskvec import tree as trees, vectors
 from taskvec.merging import merge_streamed
 from tests.merging.battery import ArrayReader, assert_close
-from tests.merging.oracles import basic, sparse, spectral
+from tests.merging.oracles import basic, geometry, sparse, spectral
 from tests.models_for_tests import random_models
 
 TASKS = 3
@@ -42,6 +42,13 @@ def _trim_each(x, density):
 
 def _crumbs(x):
     return np.stack([basic.breadcrumbs({"x": x[t : t + 1]}, None, 0.5, 0.1, 1.0)["x"] for t in range(TASKS)])
+
+
+def _dropped(taus, density, seed):
+    """The masks depend on names and shapes alone."""
+    like = trees.unflatten({k: jnp.zeros(x.shape[1:]) for k, x in taus.items()})
+    masks = basic._drop_masks(like, [like] * TASKS, {"density": density, "seed": seed})["masks"]
+    return {k: x * masks[k] / density for k, x in taus.items()}
 
 
 # name -> (chain, oracle of (taus, depths))
@@ -94,6 +101,14 @@ COMBINATIONS = {
     "masks on lines": (
         tv.chain(tv.sum_tasks(), tv.scale_by_depth(0.5), tv.consensus(0.4, 1)),
         lambda taus, depths: basic._consensus(_lines_on(_total(taus), taus, depths, 0.5), taus, 1.0, 0.4, 1),
+    ),
+    "dare + model stock": (
+        tv.chain(tv.drop(0.5, seed=3), tv.model_stock()),
+        lambda taus, depths: geometry.model_stock(_dropped(taus, 0.5, 3), depths),
+    ),
+    "layers chosen by depth, then ties": (
+        tv.chain(tv.scale_by_depth(1.0, alpha=0.0), tv.trim(0.3), tv.elect_signs(), tv.disjoint_mean()),
+        lambda taus, depths: basic.ties({k: x * (depths[k] or 0) / 2 for k, x in taus.items()}, depths, 0.3),
     ),
     "nested chains": (
         tv.chain(tv.chain(tv.trim(0.3), tv.elect_signs()), tv.chain(tv.sum_tasks(), tv.scale(0.3))),

@@ -6,6 +6,7 @@ import pytest
 
 import taskvec as tv
 from taskvec.merging import merge_streamed, plan_streamed
+from tests.merging.oracles import geometry
 
 RNG = np.random.default_rng(0)
 BASE = {"w": RNG.standard_normal((40, 6)).astype(np.float32), "b": RNG.standard_normal(7).astype(np.float32)}
@@ -88,6 +89,15 @@ def test_karcher_mean_has_no_pull_left():
     np.testing.assert_allclose(length, np.mean([np.linalg.norm(x["w"]) for x in models]), rtol=1e-6)
 
 
+def test_karcher_ends_at_the_first_step_below_the_tolerance():
+    models, weights = [{"w": np.float32(RNG.standard_normal(9) + 0.5)} for _ in range(3)], (0.2, 0.5, 0.3)
+    v = np.stack([np.asarray(m["w"], np.float64) for m in models])
+    few, many = (geometry._mean(v, weights, 10, tolerance) for tolerance in (0.03, 0.0))
+    assert np.abs(few - many).max() > 1e-3 < np.abs(few - geometry._mean(v, weights, 0)).max()
+    found = tv.merge("karcher", None, models, weights=weights, tolerance=0.03)["w"]
+    np.testing.assert_allclose(found, few, atol=1e-5)
+
+
 def test_directions_that_cancel():
     zero = {"w": np.zeros((2, 2), np.float32)}
     a = {"w": np.array([[1.0, 2.0], [0.0, 3.0]], np.float32)}
@@ -106,10 +116,12 @@ def test_model_stock_does_not_depend_on_the_size_of_the_vectors():
     shared = rng.standard_normal(256)
     zero = {"w": np.zeros(256, np.float32)}
     models = [{"w": (1e-5 * (shared + 0.07 * rng.standard_normal(256))).astype(np.float32)} for _ in range(2)]
-    mean = (models[0]["w"] + models[1]["w"]) / 2
+    a, b = (np.asarray(m["w"], np.float64) for m in models)
+    mean, cosine = (a + b) / 2, a @ b / 1e-6
     ratio = lambda **settings: float(tv.merge("model_stock", zero, models, **settings)["w"] @ mean / (mean @ mean))
     assert 0.99 < ratio() < 1.0
-    assert ratio(guards="mergekit") < 0.1
+    assert np.linalg.norm(a) * np.linalg.norm(b) < 1e-6
+    assert ratio(guards="mergekit") == pytest.approx(2 * cosine / (1 + cosine), rel=1e-4)
 
 
 def test_nearswap_is_a_bounded_step():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import taskvec as tv
-from taskvec.merging import search
+from taskvec.merging import registry, search
 from taskvec.merging.evolution import cma_es
 from taskvec.transforms import run
 
@@ -238,6 +238,16 @@ def test_greedy_soup_goes_on_and_survives_broken_models():
     assert sorted(loads) == [0, 1, 2]  # each once, to average; none to evaluate
     with pytest.raises(ValueError, match="none of 3 models has a finite score"):
         search.greedy_soup(models, lambda params: math.nan)
+
+
+def test_searches_have_cards_but_no_chain():
+    found = registry.searches()
+    assert set(found) == {"greedy_soup", "pcb_search"} and not found.keys() & tv.methods().keys()
+    assert {each.card.data for each in found.values()} == {"few labelled"}
+    assert found["pcb_search"].defaults == {"box": "pcb_vision", "setting": "weights", "sigma": 0.25, "seed": 0}
+    for name in found:
+        with pytest.raises(ValueError, match=f"{name} needs the scores of models on held-out data: call"):
+            tv.merge(name, BASE, MODELS)
 
 
 def test_wrong_searches():

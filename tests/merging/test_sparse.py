@@ -19,6 +19,17 @@ def merged(method, *vectors, **settings):
     return np.asarray(tv.merge(method, root, [{"w": v} for v in vectors], **settings)["w"])
 
 
+@pytest.mark.parametrize("method", ["ties", "knots_ties", "knots_dare_ties"])
+def test_what_is_elected_where_signs_cancel(method):
+    """The third entries cancel; the majority is that of the elected signs, and one of 0 keeps what is negative."""
+    elected = lambda last, zero: merged(method, [2, -3, 1, last], [1, -1, -1, last], density=1.0, scale=1.0, zero=zero)
+    np.testing.assert_array_equal(elected(0, "zero"), [1.5, -2, 0, 0])
+    np.testing.assert_array_equal(elected(0, "majority"), [1.5, -2, -1, 0])
+    np.testing.assert_array_equal(elected(4, "majority"), [1.5, -2, 1, 4])
+    np.testing.assert_array_equal(elected(-4, "majority"), [1.5, -2, -1, -4])
+    np.testing.assert_array_equal(elected(-4, "positive"), [1.5, -2, 1, -4])
+
+
 def test_cabs_later_tasks_take_what_is_left():
     first, second = [4, 1, -3, 2, 0, 0, 9, 0], [5, 6, 7, -8, 1, 0, 9, 0]
     out = merged("cabs", first, second, n=2, m=4)

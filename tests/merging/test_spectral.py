@@ -1,5 +1,6 @@
 """What the oracles' well-behaved models do not show: low rank, steep spectra, fused matrices, sizes in bits."""
 
+import itertools
 import subprocess
 import sys
 
@@ -205,6 +206,34 @@ def test_graft_bits_are_the_published_ones():
         assert round(100 * codes / (16 * m * n), 2) == pytest.approx(percent, abs=0.01)
         levels = 2 * 16 * rank * (m + n) // 128
         assert sum(8 * x.size * x.dtype.itemsize for x in jax.tree.leaves(stored)) == codes + levels + 16 * rank
+
+
+def rounded(rows, bits, group):
+    """Every group of a row to the nearest of its levels, which are kept in float16."""
+    out = np.zeros(rows.shape)
+    for i, row in enumerate(rows):
+        for at in range(0, len(row), group):
+            part = row[at : at + group]
+            low, step = np.float16(part.min()), np.float16((part.max() - part.min()) / (2**bits - 1))
+            codes = np.clip(np.round((part - float(low)) / float(step)), 0, 2**bits - 1)
+            out[i, at : at + group] = float(low) + float(step) * codes
+    return out
+
+
+def test_graft_compress_in_bands_is_the_rounded_factors():
+    """Singular vectors have no sign of their own, and rounding sees it: some choice of signs gives the result."""
+    [tau] = RNG.standard_normal((1, 24, 16))
+    result = merged("graft_compress", [tau], "mlp", ranks=(("mlp", 4),), bands=((1, 8), (3, 4), (None, 2)), group=8)
+    u, s, vt = np.linalg.svd(tau.astype(np.float32).astype(np.float64))
+    s = np.asarray(jnp.asarray(s[:4], jnp.bfloat16), np.float64)
+    bits = (8, 4, 4, 2)
+    part = lambda k, sign: (
+        s[k] * np.outer(rounded(sign * u[None, :, k], bits[k], 8), rounded(sign * vt[None, k], bits[k], 8))
+    )
+    sums = [sum(part(k, sign) for k, sign in enumerate(signs)) for signs in itertools.product((1, -1), repeat=4)]
+    found = np.asarray(result.params(0)["mlp"])
+    assert min(np.abs(found - each).max() for each in sums) < 1e-5
+    assert np.abs(found - (u[:, :4] * s) @ vt[:4]).max() > 0.05
 
 
 def test_graft_compress_with_bands():

@@ -31,6 +31,24 @@ def test_tiny_models_equal_transformers(name):
     assert mine["features"].shape == (len(out["ids"]), model.feature_dim)
 
 
+def test_types_of_tokens_equal_transformers():
+    out = recorded("bert_even")
+    model, params = models.load(RECORDED / "bert_even")
+    mine = jax.jit(model.apply)(params, {"ids": out["ids"], "mask": out["mask"], "type_ids": out["types"]})
+    np.testing.assert_allclose(mine["features"], out["typed_features"], atol=1e-5, rtol=0)
+    np.testing.assert_allclose(mine["tokens"][out["mask"]], out["typed_tokens"][out["mask"]], atol=1e-5, rtol=0)
+    assert np.abs(out["typed_features"] - out["features"]).max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["bert_odd", "roberta_tiny"])
+def test_a_model_with_one_type_does_not_look_at_types(name):
+    out = recorded(name)
+    model, params = models.load(RECORDED / name)
+    batch = {"ids": out["ids"], "mask": out["mask"]}
+    mine = model.apply(params, {**batch, "type_ids": np.ones_like(out["ids"])})
+    np.testing.assert_allclose(mine["features"], out["features"], atol=1e-5, rtol=0)
+
+
 def test_minilm_equals_transformers(minilm_folder):
     with np.load(RECORDED / "minilm.npz") as file:
         out = dict(file)

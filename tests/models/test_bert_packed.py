@@ -35,7 +35,10 @@ def test_packed_rows_equal_transformers(name):
     out = recorded(name)
     model, params = models.load(RECORDED / name)
     length = model.config.max_position_embeddings - model.config.first_position
-    batch = packed({"ids": out["ids"], "mask": out["mask"]}, length, multiple=2)
+    batch = {"ids": out["ids"], "mask": out["mask"]}
+    if "types" in out:
+        batch, out = {**batch, "type_ids": out["types"]}, {k: out[f"typed_{k}"] for k in ("tokens", "features")}
+    batch = packed(batch, length, multiple=2)
     assert np.bincount(batch["first"] // length).max() > 1, "no row holds two sentences"
     mine = jax.jit(model.apply)(params, batch)
     np.testing.assert_allclose(mine["features"], out["features"], atol=1e-5, rtol=0)

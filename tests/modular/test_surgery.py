@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from taskvec.adaptive import registry
+from taskvec.adaptive.fit import Loop
 from taskvec.modular import results, surgery
 from tests.modular import blocks_for_tests as toy
 
@@ -75,8 +76,8 @@ def oracle(down, merged, expert, center, steps, seed, batch_size=16, rate=1e-3):
 def test_training_matches_the_formula(center):
     merged, expert = features()
     start = surgery.train(merged, expert, rank=RANK, center=center, steps=0, seed=5)
-    trained = surgery.train(merged, expert, rank=RANK, center=center, steps=40, seed=5)
-    expected = oracle(start.down, merged, expert, center, 40, 5)
+    trained = surgery.train(merged, expert, rank=RANK, center=center, steps=100, seed=5)
+    expected = oracle(start.down, merged, expert, center, 100, 5)
     for t in (0, 1):
         np.testing.assert_allclose(surgery.apply(trained, t, merged[t]), expected[t](merged[t]), atol=1e-4)
 
@@ -147,5 +148,8 @@ def test_as_a_registered_method():
         np.testing.assert_allclose(done.merged.features_for(t, merged[t]), expected[t](merged[t]), atol=1e-4)
     assert done.merged.kind == "task-conditioned" and done.history["l1"].shape == (100, 2)
     assert done.history["loss"][-10:].mean() < done.history["loss"][:10].mean()
+    for field, value in {"evaluate": object(), "pieces": 2}.items():
+        with pytest.raises(ValueError, match=f"surgery takes no Loop.{field}="):
+            run(loop=Loop(**{field: value}))
     with pytest.raises(ValueError, match=r"regmean needs extras .'gram'."):
         run(on="regmean")

@@ -9,6 +9,7 @@ import pytest
 import taskvec as tv
 from taskvec import models
 from taskvec.adaptive import registry, rows as rows_lib
+from taskvec.adaptive.fit import Loop
 from taskvec.adaptive.learn import Problem
 from taskvec.evaluation.evaluate import evaluate
 from taskvec.modular.results import per_task, static
@@ -134,6 +135,9 @@ def test_errors():
     _, _, rows, problem = toy.setting()
     with pytest.raises(ValueError, match="scanned=True"):
         surgery_v2(problem._replace(scanned=False), rows)
+    for field, value in {"evaluate": object(), "pieces": 2}.items():
+        with pytest.raises(ValueError, match=f"surgery_v2 takes no Loop.{field}="):
+            surgery_v2(problem, rows, loop=Loop(**{field: value}))
     with pytest.raises(ValueError, match="emr gives one model a task"):
         surgery_v2(problem, rows, on="emr")
     towers = {"text": problem.theta0, "vision": problem.theta0}

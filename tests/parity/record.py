@@ -40,11 +40,14 @@ def pooled(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return (tokens * weight).sum(1) / weight.sum(1).clamp(min=1e-9)
 
 
-def run_bert(model: torch.nn.Module, ids: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
+def run_bert(
+    model: torch.nn.Module, ids: np.ndarray, mask: np.ndarray, types: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
     """Last layer and features of a transformers BERT, in float64."""
     ids, mask = torch.from_numpy(ids).long(), torch.from_numpy(mask)
+    more = {} if types is None else {"token_type_ids": torch.from_numpy(types).long()}
     with torch.no_grad():
-        tokens = model.double().eval()(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+        tokens = model.double().eval()(input_ids=ids, attention_mask=mask.long(), **more).last_hidden_state
     return {"tokens": tokens.numpy().astype(np.float32), "features": pooled(tokens, mask).numpy().astype(np.float32)}
 
 
@@ -65,7 +68,12 @@ def record_tiny() -> None:
                 parameter.add_(0.2 * torch.randn_like(parameter))
         model.save_pretrained(HERE / f"bert_{name}")
         ids, mask = random_batch(seed, fields["vocab_size"], fields["max_position_embeddings"] - seed)
-        np.savez_compressed(HERE / f"bert_{name}" / "outputs.npz", ids=ids, mask=mask, **run_bert(model, ids, mask))
+        out = {"ids": ids, "mask": mask, **run_bert(model, ids, mask)}
+        if fields.get("type_vocab_size") != 1:  # pairs of texts: the second, of type 1, begins anywhere
+            begin = np.random.default_rng(seed + 10).integers(0, ids.shape[1], (len(ids), 1))
+            types = ((np.arange(ids.shape[1]) >= begin) & mask).astype(np.int32)
+            out |= {"types": types} | {f"typed_{k}": x for k, x in run_bert(model, ids, mask, types).items()}
+        np.savez_compressed(HERE / f"bert_{name}" / "outputs.npz", **out)
 
 
 def record_minilm(folder: pathlib.Path) -> None:

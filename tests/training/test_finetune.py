@@ -67,22 +67,28 @@ def test_learns_each_task_and_traces_once():
     assert not params["w"].is_deleted()
 
 
-def by_hand(recipe, rho=0.0, trained=slice(None)):
+def by_hand(recipe, trained=slice(None), batch=task(0, 3)):
     """AdamW in float64; gradients come from differences of the loss. `trained`: entries of (w, b) that move."""
     params, made = start()
-    batch = task(0, 3)
+    kernel, e, n = np.asarray(made.kernel[0][:, :3], np.float64), recipe.label_smoothing, recipe.accumulate
 
-    def loss(flat, step):
+    def loss(flat, x, label):
         w, b = flat[: D_IN * D].reshape(D_IN, D), flat[D_IN * D :]
-        z = np.tanh(batch(step)["x"].astype(np.float64) @ w) + b
-        logits = 20 * (z / np.linalg.norm(z, axis=1, keepdims=True)) @ np.asarray(made.kernel[0][:, :3], np.float64)
-        e = np.exp(logits - logits.max(1, keepdims=True))
-        return -np.log((e / e.sum(1, keepdims=True))[np.arange(16), batch(step)["label"]]).mean()
+        z = np.tanh(x @ w) + b
+        logits = 20 * (z / np.linalg.norm(z, axis=1, keepdims=True)) @ kernel
+        logp = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+        return -((1 - e) * logp[np.arange(16), label] + e * logp.mean(1)).mean()
 
-    def gradient(x, step):
+    def slope(x, rows):
         out = np.zeros(len(x))
-        out[trained] = [(loss(x + e, step) - loss(x - e, step)) / 2e-6 for e in 1e-6 * np.eye(len(x))[trained]]
+        steps = 1e-6 * np.eye(len(x))[trained]
+        out[trained] = [(loss(x + d, *rows) - loss(x - d, *rows)) / 2e-6 for d in steps]
         return out
+
+    def gradient(x, i):
+        rows = batch(i)["x"].astype(np.float64), batch(i)["label"]
+        grad = slope(x, rows)
+        return slope(x + recipe.sam_rho * grad / np.linalg.norm(grad), rows) if recipe.sam_rho else grad
 
     x = np.concatenate([np.asarray(params["w"], np.float64).ravel(), np.zeros(D)])
     moving = np.zeros(len(x))
@@ -92,9 +98,7 @@ def by_hand(recipe, rho=0.0, trained=slice(None)):
         warmup = recipe.warmup_steps
         after = (step - warmup) / (recipe.steps - warmup)
         factor = (step + 1) / warmup if step < warmup else 0.5 * (1 + np.cos(np.pi * after))
-        grad = gradient(x, step)
-        if rho:
-            grad = gradient(x + rho * grad / np.linalg.norm(grad), step)
+        grad = sum(gradient(x, n * step + i) for i in range(n)) / (1 if recipe.accumulate_by == "sum" else n)
         grad *= min(1, (recipe.clip or np.inf) / np.linalg.norm(grad))
         m, v = 0.9 * m + 0.1 * grad, 0.999 * v + 0.001 * grad**2
         update = (m / (1 - 0.9 ** (step + 1))) / (np.sqrt(v / (1 - 0.999 ** (step + 1))) + 1e-8)
@@ -102,40 +106,76 @@ def by_hand(recipe, rho=0.0, trained=slice(None)):
     return {"w": x[: D_IN * D].reshape(D_IN, D), "b": x[D_IN * D :]}
 
 
+SUMMED = Recipe(3, 16, 1e-2, warmup=1, weight_decay=0.1, clip=12.0, accumulate=2, accumulate_by="sum")
+
+
 @pytest.mark.parametrize(
     "recipe",
     [
         Recipe(3, 16, 1e-2, warmup=2, weight_decay=0.1, clip=0.05),
         dataclasses.replace(recipes.get("ft_fusionbench"), steps=3, learning_rate=1e-2),
-        Recipe(2, 16, 1e-2, sam_rho=0.3),
+        Recipe(2, 16, 1e-2, sam_rho=0.3, label_smoothing=0.2),
+        SUMMED,
+        dataclasses.replace(SUMMED, accumulate_by="mean"),
     ],
-    ids=["ilharco", "fusionbench", "sam"],
+    ids=["ilharco", "fusionbench", "sam", "summed", "averaged"],
 )
 def test_a_step_is_the_recipes(recipe):
     params, made = start()
     tuned = make_finetune(encoder(), recipe)(params, *first_head(made), task(0, 3))
-    expected = by_hand(recipe, recipe.sam_rho)
+    expected = by_hand(recipe)
     for name in ("w", "b"):
         np.testing.assert_allclose(tuned[name], expected[name], atol=2e-5)
 
 
+def test_clipping_comes_after_the_sum():
+    """Else the two tests above would be one."""
+    summed, averaged = (by_hand(dataclasses.replace(SUMMED, accumulate_by=how))["w"] for how in ("sum", "mean"))
+    assert np.abs(summed - averaged).max() > 1e-4
+
+
+def test_dropout_draws_anew_for_every_batch():
+    def dropped(params, batch, *, dropout, key):
+        keep = jax.random.bernoulli(key, 1 - dropout, batch["x"].shape)
+        return encoder()(params, {"x": jnp.where(keep, batch["x"] / (1 - dropout), 0)})
+
+    def seen(i):
+        keep = jax.random.bernoulli(jax.random.fold_in(jax.random.key(0), i), 0.75, (16, D_IN))
+        return task(0, 3)(i) | {"x": np.where(keep, task(0, 3)(i)["x"] / 0.75, 0)}
+
+    params, made = start()
+    recipe = Recipe(3, 16, 1e-2, dropout=0.25)
+    tuned = make_finetune(dropped, recipe)(params, *first_head(made), task(0, 3))
+    np.testing.assert_allclose(tuned["w"], by_hand(recipe, batch=seen)["w"], atol=2e-5)
+
+
 def test_the_published_recipes():
     ilharco, fusion, peta = (recipes.get(name) for name in ("ft_ilharco", "ft_fusionbench", "ft_peta"))
-    assert ilharco.for_task("mnist", 55000).steps == 5 * 430 and ilharco.for_task("mine", 9).steps == 2000
-    assert fusion.for_task("mnist", 55000) is fusion
+    assert ilharco.for_task("mnist", 55000, "task_vectors").steps == 5 * 430
+    assert ilharco.for_task("mnist", 9).steps == ilharco.for_task("rte", 9, "glue").steps == 2000
+    assert fusion.for_task("stl10", 4500, "fusion_bench") is fusion
+    half = recipes.get("ft_ilharco_l14").for_task("stl10", 4500, "tall_masks")
+    assert (half.steps, half.batches) == (60 * 71 // 2, 60 * 71)
+    assert ilharco == dataclasses.replace(half, steps=None, batch_size=128, accumulate=1, accumulate_by="mean")
     rate = ilharco.for_task("mine", 9).schedule()
     np.testing.assert_allclose(
         [rate(s) for s in (0, 249, 499, 500, 1250, 2000)], np.array([1 / 500, 0.5, 1, 1, 0.5, 0]) * 1e-5, atol=1e-11
     )
     np.testing.assert_allclose([fusion.schedule()(s) for s in (0, 2000)], [1e-5, 0.5e-5], rtol=1e-5)
     assert (ilharco.weight_decay, ilharco.clip, fusion.weight_decay, fusion.clip) == (0.1, 1.0, 0.0, None)
-    assert (peta.warmup_steps, peta.steps) == (600, 6000)
+    assert (peta.warmup_steps, peta.steps, peta.batch_size) == (600, 6000, 64)
     assert ilharco.with_steps(40).warmup_steps == 10 and recipes.get("small").warmup_steps == 4
     with pytest.raises(ValueError, match="warm-up of 500 steps does not fit into 100"):
         dataclasses.replace(ilharco, steps=100)
     with pytest.raises(ValueError, match="call for_task first"):
         make_finetune(encoder(), ilharco)
-    with pytest.raises(ValueError, match="ft_ilharco, ft_fusionbench"):
+    with pytest.raises(ValueError, match=r"task_vectors has no 'stl10'.* it has cars, dtd"):
+        ilharco.for_task("stl10", 4500, "task_vectors")
+    with pytest.raises(ValueError, match="accumulate_by='max'; allowed: mean, sum"):
+        dataclasses.replace(ilharco, accumulate_by="max")
+    with pytest.raises(ValueError, match=r"dropout=1.0, must be in \[0, 1\)"):
+        dataclasses.replace(ilharco, dropout=1.0)
+    with pytest.raises(ValueError, match="ft_ilharco_l14, ft_fusionbench"):
         recipes.get("ilharco")
 
 

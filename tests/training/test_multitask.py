@@ -10,6 +10,7 @@ from taskvec.adaptive import objectives
 from taskvec.io.checkpoints import Checkpoint
 from taskvec.training import balancers, heads as heads_lib
 from taskvec.training.multitask import concatenated, gram_matrix, make_joint, task_gradients
+from taskvec.training.trainable import matching
 
 D_IN, D, ROWS, CLASSES = 6, 5, 8, (3, 4, 2)
 NUM_TASKS = len(CLASSES)
@@ -93,20 +94,21 @@ def test_gradients_of_tasks_and_their_gram_matrix(tasks_at_once):
     assert accuracy.shape == (NUM_TASKS,)
 
 
-@pytest.mark.parametrize("name", ["pcgrad", "upgrad", "gradnorm", "uncertainty"])
-def test_a_step_goes_along_the_weighted_gradients(name):
-    """Two steps with the balancer's own weights from exact Gram matrices."""
+@pytest.mark.parametrize("name, trained", [("pcgrad", "w"), ("upgrad", ""), ("gradnorm", ""), ("uncertainty", "b")])
+def test_a_step_goes_along_the_weighted_gradients(name, trained):
+    """Two steps with the balancer's own weights from exact Gram matrices, of all weights or of some."""
     params, heads, batches, _ = setting()
-    balancer = balancers.get(name)
-    done = make_joint(apply_fn, optax.sgd(0.01), balancer)(params, heads, batches, 2, seed=5)
+    balancer, trainable = balancers.get(name), matching(trained) if trained else None
+    done = make_joint(apply_fn, optax.sgd(0.01), balancer, trainable=trainable)(params, heads, batches, 2, seed=5)
+    assert done.learnables.keys() == ({trained} if trained else params.keys())
     state = balancer.init(NUM_TASKS)
     for step in range(2):
-        jacobian = jacobian_of(params, heads, batches(step))
+        jacobian = {k: g for k, g in jacobian_of(params, heads, batches(step)).items() if k in done.learnables}
         key = jax.random.fold_in(jax.random.key(5), step)
         w, state = balancer.weights(gram_matrix(jacobian), state, losses_of(params, heads, batches(step)), key)
         np.testing.assert_allclose(done.history["weights"][step], w, rtol=1e-3)
-        params = jax.tree.map(lambda p, g, w=w: p - 0.01 * jnp.tensordot(w, g, 1), params, jacobian)
-    np.testing.assert_allclose(flat(done.learnables), flat(params), atol=1e-5)
+        params = params | {k: params[k] - 0.01 * jnp.tensordot(w, g, 1) for k, g in jacobian.items()}
+    np.testing.assert_allclose(flat(done.learnables), flat({k: params[k] for k in done.learnables}), atol=1e-5)
 
 
 def test_sam_balances_ascent_and_flatness_apart():

@@ -10,14 +10,24 @@ CASES = {
     "task_arithmetic": [{}, {"scale": 0.7, "weights": (0.5, -1.0, 2.0)}],
     "task_negation": [{}],
     "task_analogy": [{"scale": 0.5}],
-    "ties": [{}, {"density": 0.05, "aggregate": "sum", "scale": 0.3}, {"aggregate": "max"}, {"density": 0.9}],
-    "dare": [{}, {"density": 0.8}],
-    "dare_ties": [{"density": 0.5}],
+    "ties": [
+        {},
+        {"density": 0.05, "aggregate": "sum", "scale": 0.3},
+        {"aggregate": "max"},
+        {"density": 0.9, "rule": "released", "zero": "majority"},
+        {"density": 0.3, "scope": "tensor", "zero": "positive"},
+    ],
+    "dare": [{}, {"density": 0.8}, {"density": 0.5, "rescale": "none", "seed": 3}, {"rescale": "l1", "scale": 1.0}],
+    "dare_ties": [
+        {"density": 0.5},
+        {"density": 0.5, "rescale": "none", "trim_density": 0.2, "aggregate": "max"},
+        {"density": 0.4, "rescale": "l1", "trim_density": 0.3, "aggregate": "sum", "seed": 2},
+    ],
     "breadcrumbs": [{}, {"axis": "row"}, {"density": 0.3, "gamma": 0.2}],
     "lines": [{}, {"scale": 0.9}],
-    "lines_ties": [{}],
+    "lines_ties": [{}, {"scale": 0.8, "density": 0.5, "aggregate": "mean"}],
     "consensus_ta": [{}, {"threshold": 0.2, "at_least": 1}, {"at_least": 3}],
-    "consensus_ties": [{}],
+    "consensus_ties": [{}, {"density": 0.5, "scale": 0.8, "threshold": (0.2, 0.6, 0.3), "at_least": 1}],
 }
 EXPERT = {
     "weight_average": {},
@@ -39,7 +49,8 @@ def _drop_masks(pretrained, finetuned, settings):
     """The masks that a drop of this density and seed draws, found by dropping a vector of ones."""
     flat = trees.unstack_layers(pretrained)
     ones = trees.map_with_path(lambda p, x: np.ones((len(finetuned), *x.shape), np.float32), flat)
-    dropped = tv.transform_task_vectors(tv.drop(settings.get("density", 0.1), rescale="none"), flat, ones)
+    drop = tv.drop(settings.get("density", 0.1), rescale="none", seed=settings.get("seed", 0))
+    dropped = tv.transform_task_vectors(drop, flat, ones)
     return {"masks": {k: np.asarray(v) != 0 for k, v in trees.flatten(dropped).items()}}
 
 
@@ -50,22 +61,37 @@ def _flat(taus, t):
     return np.concatenate([np.abs(x[t]).ravel() for x in taus.values()])
 
 
-def _trim(taus, density):
+def _trim(taus, density, scope="model", rule="paper"):
+    if scope == "tensor":
+        return {k: _trim({k: x}, density, "model", rule)[k] for k, x in taus.items()}
     out = {k: x.copy() for k, x in taus.items()}
     for t in range(len(next(iter(taus.values())))):
         ordered = np.sort(_flat(taus, t))
-        threshold = ordered[len(ordered) - int(density * len(ordered))]
+        n, kept = len(ordered), int(density * len(ordered))
+        # The released code takes torch.kthvalue(n - kept), which counts from 1; at least one entry is kept.
+        threshold = ordered[n - kept - 1] if rule == "released" else ordered[n - max(kept, 1)]
         for x in out.values():
             x[t] = np.where(np.abs(x[t]) >= threshold, x[t], 0)
     return out
 
 
-def _elect(taus):
-    out = {}
-    for k, x in taus.items():
-        sign = np.sign(x.sum(0))
-        out[k] = np.where(np.sign(x) == sign, x, 0)
-    return out
+def _elect(taus, zero="zero"):
+    signs = {k: np.sign(x.sum(0)) for k, x in taus.items()}
+    if zero == "zero":
+        return {k: np.where(np.sign(x) == signs[k], x, 0) for k, x in taus.items()}
+    instead = np.sign(sum(sign.sum() for sign in signs.values())) if zero == "majority" else 1
+    signs = {k: np.where(sign == 0, instead, sign) for k, sign in signs.items()}
+    # As the released code chooses: what is not positive keeps the negative entries.
+    return {k: np.where(np.where(signs[k] > 0, x > 0, x < 0), x, 0) for k, x in taus.items()}
+
+
+def _reduced(kept, scale, aggregate):
+    if aggregate == "sum":
+        return {k: scale * x.sum(0) for k, x in kept.items()}
+    if aggregate == "max":
+        pick = lambda x: np.where(x.max(0) >= -x.min(0), x.max(0), x.min(0))
+        return {k: scale * pick(x) for k, x in kept.items()}
+    return {k: scale * x.sum(0) / np.maximum((x != 0).sum(0), 1) for k, x in kept.items()}
 
 
 def weight_average(taus, depths):
@@ -85,14 +111,8 @@ def task_analogy(taus, depths, scale=1.0):
     return {k: scale * (x[2] + x[1] - x[0]) for k, x in taus.items()}
 
 
-def ties(taus, depths, density=0.2, scale=1.0, aggregate="mean"):
-    kept = _elect(_trim(taus, density))
-    if aggregate == "sum":
-        return {k: scale * x.sum(0) for k, x in kept.items()}
-    if aggregate == "max":
-        pick = lambda x: np.where(x.max(0) >= -x.min(0), x.max(0), x.min(0))
-        return {k: scale * pick(x) for k, x in kept.items()}
-    return {k: scale * x.sum(0) / np.maximum((x != 0).sum(0), 1) for k, x in kept.items()}
+def ties(taus, depths, density=0.2, scale=1.0, aggregate="mean", scope="model", rule="paper", zero="zero"):
+    return _reduced(_elect(_trim(taus, density, scope, rule), zero), scale, aggregate)
 
 
 def breadcrumbs(taus, depths, density=0.14, gamma=0.01, scale=0.3, axis="tensor"):
@@ -125,14 +145,15 @@ def lines(taus, depths, scale=0.3):
     return _lines({k: x.sum(0) for k, x in taus.items()}, taus, depths, scale)
 
 
-def lines_ties(taus, depths, scale=0.3, density=0.2):
-    return _lines(ties(taus, depths, density, 1.0, "sum"), taus, depths, scale)
+def lines_ties(taus, depths, scale=0.3, density=0.2, aggregate="sum"):
+    return _lines(ties(taus, depths, density, 1.0, aggregate), taus, depths, scale)
 
 
 def _consensus(merged, taus, scale, threshold, at_least):
     out = {}
     for k, x in taus.items():
-        count = sum((np.abs(x[t]) > threshold * np.abs(merged[k] - x[t])).astype(int) for t in range(len(x)))
+        above = np.broadcast_to(threshold, len(x))
+        count = sum((np.abs(x[t]) > above[t] * np.abs(merged[k] - x[t])).astype(int) for t in range(len(x)))
         out[k] = scale * merged[k] * (count >= at_least)
     return out
 
@@ -145,10 +166,30 @@ def consensus_ties(taus, depths, density=0.2, scale=0.3, threshold=0.4, at_least
     return _consensus(ties(taus, depths, density, 1.0, "sum"), taus, scale, threshold, at_least)
 
 
-def dare(taus, depths, masks, density=0.1, scale=0.3):
-    return {k: scale * (x * masks[k] / density).sum(0) for k, x in taus.items()}
+def _drop(taus, masks, density, rescale):
+    out = {}
+    for k, x in taus.items():
+        out[k] = x * masks[k] / (density if rescale == "inverse_density" else 1)
+        if rescale == "l1":
+            lengths = [np.abs(v).reshape(len(v), -1).sum(1) for v in (x, out[k])]
+            factor = np.where(lengths[1] > 0, lengths[0] / np.where(lengths[1] > 0, lengths[1], 1), 1)
+            out[k] = out[k] * factor.reshape(-1, *[1] * (x.ndim - 1))
+    return out
 
 
-def dare_ties(taus, depths, masks, density=0.1, scale=1.0):
-    kept = _elect({k: x * masks[k] / density for k, x in taus.items()})
-    return {k: scale * x.sum(0) / np.maximum((x != 0).sum(0), 1) for k, x in kept.items()}
+def dare(taus, depths, masks, density=0.1, scale=0.3, rescale="inverse_density", seed=0):
+    return {k: scale * x.sum(0) for k, x in _drop(taus, masks, density, rescale).items()}
+
+
+def dare_ties(
+    taus,
+    depths,
+    masks,
+    density=0.1,
+    scale=1.0,
+    trim_density=1.0,
+    aggregate="mean",
+    rescale="inverse_density",
+    seed=0,
+):
+    return ties(_drop(taus, masks, density, rescale), depths, trim_density, scale, aggregate)

@@ -8,7 +8,7 @@ CASES = {
     "multi_slerp": [{}, {"weights": (0.5, 1.0, 0.25)}, {"weights": (0.5, 1.0, 0.25), "iterations": 1, "scale": 0.5}],
     "karcher": [{}, {"weights": (0.2, 0.5, 0.3)}, {"iterations": 1}],
     "model_stock": [{}, {"axis": -1}, {"clip": True}],
-    "nearswap": [{}, {"limit": 0.03}],
+    "nearswap": [{}, {"limit": 0.03}, {"limit": 0.02, "floor": 0.05}],
     "arcee_fusion": [{}, {"spread": 0.5}],
 }
 EXPERT = {
@@ -53,7 +53,7 @@ def nuslerp(taus, depths, weights=(1.0, 1.0), axis="tensor"):
     return {k: _along(interpolate, x, axis) for k, x in taus.items()}
 
 
-def _mean(v, weights, iterations):
+def _mean(v, weights, iterations, tolerance=0.0):
     """Karcher mean of the rows of ``[T, n]``, by logarithms and exponentials of vectors."""
     weights = np.full(len(v), 1 / len(v)) if weights is None else np.asarray(weights) / np.sum(weights)
     lengths = np.linalg.norm(v, axis=1)
@@ -71,6 +71,8 @@ def _mean(v, weights, iterations):
             if 1e-9 < angle < np.pi - 1e-9:
                 step += w * angle / np.sin(angle) * (u - cosine * m)
         size = np.linalg.norm(step)
+        if size < tolerance:
+            break
         if size > 1e-12:
             m = np.cos(size) * m + np.sin(size) / size * step
     return weights @ lengths * m
@@ -80,8 +82,8 @@ def multi_slerp(taus, depths, weights=None, iterations=0, scale=1.0):
     return {k: scale * _along(lambda v: _mean(v, weights, iterations), x, "tensor") for k, x in taus.items()}
 
 
-def karcher(taus, depths, base, weights=None, iterations=10):
-    mean = lambda v: _mean(v, weights, iterations)
+def karcher(taus, depths, base, weights=None, iterations=10, tolerance=0.0):
+    mean = lambda v: _mean(v, weights, iterations, tolerance)
     return {k: _along(mean, x + base[k], "tensor") - base[k] for k, x in taus.items()}
 
 
@@ -99,11 +101,11 @@ def model_stock(taus, depths, axis="tensor", clip=False):
     return {k: _along(one, x, axis) for k, x in taus.items()}
 
 
-def nearswap(taus, depths, base, limit=1e-4):
+def nearswap(taus, depths, base, limit=1e-4, floor=1e-300):
     out = {}
     for k, x in taus.items():
         a, b = base[k], base[k] + x[0]
-        share = np.clip(limit / np.maximum(np.abs(a - b), 1e-300), 0, 1)
+        share = np.clip(limit / np.maximum(np.abs(a - b), floor), 0, 1)
         out[k] = share * b + (1 - share) * a - a
     return out
 

@@ -6,7 +6,7 @@ from tests.merging.oracles.basic import ties
 
 CASES = {
     "tall_masks": [{}, {"threshold": 0.2}, {"threshold": (0.2, 0.5, 0.4)}, {"threshold": [0.5]}],
-    "tall_masks_ties": [{}, {"density": 0.5, "threshold": (0.5, 0.2, 0.4), "aggregate": "mean"}],
+    "tall_masks_ties": [{}, {"density": 0.5, "threshold": (0.5, 0.2, 0.4), "aggregate": "mean", "rule": "released"}],
     "emr": [{}, {"rescale": "released"}, {"rescale": "none"}],
 }
 EXPERT = {"tall_masks": {}, "tall_masks_ties": {"density": 1.0}, "emr": {}}
@@ -27,8 +27,8 @@ def tall_masks(taus, depths, threshold=0.4):
     return _masked({k: x.sum(0) for k, x in taus.items()}, taus, threshold)
 
 
-def tall_masks_ties(taus, depths, density=0.2, threshold=0.4, aggregate="sum"):
-    return _masked(ties(taus, depths, density, 1.0, aggregate), taus, threshold)
+def tall_masks_ties(taus, depths, density=0.2, threshold=0.4, aggregate="sum", rule="paper"):
+    return _masked(ties(taus, depths, density, 1.0, aggregate, rule=rule), taus, threshold)
 
 
 def emr(taus, depths, rescale="paper"):

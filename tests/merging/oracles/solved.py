@@ -9,7 +9,7 @@ import numpy as np
 from taskvec import tree as trees
 
 CASES = {
-    "regmean": [{}, {"reduce_nondiagonal": 0.1}, {"reduce_nondiagonal": 1.0}],
+    "regmean": [{}, {"reduce_nondiagonal": 0.1}, {"reduce_nondiagonal": 1.0, "ridge": 0.05}],
     "regmean_plusplus": [{}],
     "fisher": [
         {},
@@ -82,7 +82,7 @@ def _as_out_in(name, x):
     return np.swapaxes(x, -1, -2) if name.endswith("kernel") else x
 
 
-def regmean(taus, depths, extras, reduce_nondiagonal=0.9):
+def regmean(taus, depths, extras, reduce_nondiagonal=0.9, ridge=0.0):
     out = {}
     for name, x in taus.items():
         if name not in extras["gram"]:
@@ -93,7 +93,12 @@ def regmean(taus, depths, extras, reduce_nondiagonal=0.9):
         for gram, w_t in zip(extras["gram"][name], w, strict=True):
             gram = reduce_nondiagonal * gram + (1 - reduce_nondiagonal) * np.diag(np.diag(gram))
             left, right = left + gram, right + gram @ w_t
-        out[name] = _as_out_in(name, np.linalg.solve(left, right).T)
+        # The ridge stands on the diagonal of the sum scaled to a unit one, and draws to the mean.
+        average, unit = w.mean(0), 1 / np.sqrt(np.diag(left))
+        scaled = unit[:, None] * left * unit
+        scaled = scaled + ridge * np.linalg.norm(scaled) * np.eye(len(unit))
+        change = unit[:, None] * np.linalg.solve(scaled, unit[:, None] * (right - left @ average))
+        out[name] = _as_out_in(name, (average + change).T)
     return out
 
 

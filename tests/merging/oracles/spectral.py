@@ -1,5 +1,7 @@
 """Oracles of the spectral methods: TSV, Iso, KnOTS, CART, SVC, and compression by SVD."""
 
+import re
+
 import numpy as np
 
 import taskvec as tv
@@ -8,9 +10,9 @@ from taskvec import tree as trees
 CASES = {
     "tsv_m": [{}, {"solver": "svd"}, {"matrices": "attention"}],
     "tsv_compress": [{}, {"solver": "svd"}],
-    "iso_c": [{}, {"scale": 1.5, "solver": "svd"}],
-    "iso_cts": [{}, {"scale": 1.5, "common": 0.4}, {"solver": "svd"}],
-    "knots_ties": [{}, {"density": 0.05, "aggregate": "sum"}, {"density": 1.0, "scale": 1.0}],
+    "iso_c": [{}, {"scale": 1.5, "solver": "svd"}, {"matrices": "attention"}],
+    "iso_cts": [{}, {"scale": 1.5, "common": 0.4}, {"solver": "svd"}, {"matrices": "^(?!.*embed)"}],
+    "knots_ties": [{}, {"density": 0.05, "aggregate": "sum", "rule": "released"}, {"density": 1.0, "scale": 1.0}],
     "knots_dare_ties": [{}, {"density": 0.5, "trim_density": 0.5}],
     "cart": [{}, {"density": 0.5, "strength": 0.7}, {"matrices": "attention"}],
     "svc_ta": [{}, {"scale": 1.0, "alpha": 0.1}],
@@ -82,19 +84,19 @@ def tsv_compress(taus, depths, solver=None):
     return [{k: _low_rank(x[t], rank(x)) if rank(x) else x[t] for k, x in taus.items()} for t in range(tasks)]
 
 
-def iso_c(taus, depths, scale=1.0, solver=None):
-    def one(x):
-        if x.ndim != 3:
+def iso_c(taus, depths, scale=1.0, solver=None, matrices=""):
+    def one(name, x):
+        if x.ndim != 3 or matrices not in name:
             return x.mean(0)
         u, s, vt = _svd(x.sum(0))
         return u @ np.diag(np.full(len(s), s.mean())) @ vt
 
-    return {k: scale * one(x) for k, x in taus.items()}
+    return {k: scale * one(k, x) for k, x in taus.items()}
 
 
-def iso_cts(taus, depths, scale=1.0, common=0.8, solver=None):
-    def one(x):
-        if x.ndim != 3:
+def iso_cts(taus, depths, scale=1.0, common=0.8, solver=None, matrices=""):
+    def one(name, x):
+        if x.ndim != 3 or not re.search(matrices, name):
             return x.mean(0)
         tasks, r = len(x), min(x.shape[1:])
         total = round((r - int(r * common)) / tasks) * tasks
@@ -109,7 +111,7 @@ def iso_cts(taus, depths, scale=1.0, common=0.8, solver=None):
         u, s, vt = np.concatenate([*us, u], 1), np.concatenate([*ss, s]), np.concatenate([*vts, vt], 0)
         return _polar(u) @ np.diag(np.full(len(s), s.mean())) @ _polar(vt)
 
-    return {k: scale * _outputs_first(k, one(_outputs_first(k, x) if x.ndim == 3 else x)) for k, x in taus.items()}
+    return {k: scale * _outputs_first(k, one(k, _outputs_first(k, x) if x.ndim == 3 else x)) for k, x in taus.items()}
 
 
 def _in_basis(taus):
@@ -126,7 +128,7 @@ def _in_basis(taus):
     return coordinates, bases
 
 
-def _ties(x, density, aggregate):
+def _ties(x, density, aggregate, rule="paper"):
     """TIES where rows that are zero in all tasks do not count."""
     if density < 1:
         rows = {k: v.reshape(len(v), v.shape[1] if v.ndim > 1 else 1, -1) for k, v in x.items()}
@@ -134,7 +136,7 @@ def _ties(x, density, aggregate):
         x = dict(x)
         for t in range(len(next(iter(x.values())))):
             ordered = np.sort(np.concatenate([np.abs(v[t]).ravel() for v in rows.values()]))[::-1]
-            threshold = ordered[round(density * 100) * len(ordered) // 100 - 1]
+            threshold = ordered[round(density * 100) * len(ordered) // 100 - (rule == "paper")]
             for k in x:
                 x[k] = np.concatenate([x[k][:t], (x[k][t] * (np.abs(x[k][t]) >= threshold))[None], x[k][t + 1 :]])
     out = {}
@@ -148,9 +150,9 @@ def _out_of_basis(merged, bases, scale):
     return {k: scale * (v if bases[k] is None else _outputs_first(k, bases[k] @ v)) for k, v in merged.items()}
 
 
-def knots_ties(taus, depths, density=0.2, scale=0.6, aggregate="mean"):
+def knots_ties(taus, depths, density=0.2, scale=0.6, aggregate="mean", rule="paper"):
     coordinates, bases = _in_basis(taus)
-    return _out_of_basis(_ties(coordinates, density, aggregate), bases, scale)
+    return _out_of_basis(_ties(coordinates, density, aggregate, rule), bases, scale)
 
 
 def knots_dare_ties(taus, depths, masks, density=0.9, scale=0.7, trim_density=1.0):
