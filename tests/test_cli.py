@@ -1,46 +1,20 @@
-"""The command line on tiny folders: what it writes, refuses, prints, and leaves behind when it is killed."""
+"""`taskvec merge` on tiny folders: what it writes, prints and refuses."""
 
 import hashlib
 import json
 import os
 import pathlib
-import re
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 
 import taskvec as tv
 from taskvec import cli
-from taskvec.commands import merge as command, request
+from taskvec.commands import merge as command
 from taskvec.io import safetensors
+from tests.cli_for_tests import merge, refs, refused, run
 from tests.io.folders_for_tests import BF16, SHAPES, D, V, family, llama, mean, tensors, write
 from tests.io.test_folders import adapter, pair
-
-
-def run(*words, code=0):
-    assert cli.main([str(word) for word in words]) == code
-
-
-def refs(root, experts=("a", "b")):
-    return ["--base", root / "base", *(word for name in experts for word in ("--expert", root / name))]
-
-
-def merge(root, *more, method="weight_average", experts=("a", "b"), code=0):
-    run("merge", "--method", method, *refs(root, experts), "--out", root / "out", *more, code=code)
-    return root / "out"
-
-
-def refused(capsys, *words):
-    """The one line that a wrong call ends in."""
-    capsys.readouterr()
-    run(*words, code=2)
-    text = capsys.readouterr().err.strip()
-    assert "Traceback" not in text
-    return text.splitlines()[-1]
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -376,170 +350,3 @@ def test_where_to_write(tmp_path, capsys, monkeypatch):
 def test_debug_shows_where_an_error_came_from(tmp_path):
     with pytest.raises(ValueError, match="unknown method"):
         cli.main(["merge", "--method", "tyes", "--expert", "x", "--out", "y", "--debug"])
-
-
-def test_not_finite_names_file_and_tensor_and_leaves_nothing(tmp_path, capsys):
-    made = family(tmp_path, llama())
-    made["b"]["model.norm.weight"][1] = np.nan
-    write(tmp_path / "b", made["b"], shard_bytes=700)
-    text = refused(capsys, "merge", "--method", "ties", *refs(tmp_path), "--out", tmp_path / "out")
-    assert str(tmp_path / "b") in text and "model.norm.weight holds NaN" in text
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_failure_leaves_a_folder_as_it_was(tmp_path, capsys, monkeypatch):
-    family(tmp_path, llama())
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "notes.txt").write_text("mine")
-    monkeypatch.setattr(command, "_check_written", lambda *_: (_ for _ in ()).throw(OSError("the disk is gone")))
-    assert "the disk is gone" in refused(
-        capsys, "merge", "--method", "ties", *refs(tmp_path), "--out", tmp_path / "out"
-    )
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["notes.txt"]
-
-
-KILLED = """
-import os, signal, sys
-from taskvec import cli
-from taskvec.commands import merge
-from taskvec.io import safetensors_writer, provenance
-where = sys.argv[1]
-def die(*args, **more):
-    os.kill(os.getpid(), signal.SIGKILL)
-if where == "write":
-    write, count = safetensors_writer.SafetensorsWriter.write, iter(range(99))
-    def some(self, *args, **more):
-        return write(self, *args, **more) if next(count) < 9 else die()
-    safetensors_writer.SafetensorsWriter.write = some
-if where == "rename":
-    replace, count = os.replace, iter(range(99))
-    def rename(a, b):
-        shard = str(b).endswith(".safetensors")
-        return die() if shard and next(count) == 2 else replace(a, b)
-    os.replace = rename
-if where == "index":
-    safetensors_writer.write_text = die
-if where == "record":
-    provenance.write = die
-cli.main(sys.argv[2:])
-"""
-
-
-@pytest.mark.parametrize("where", ["write", "rename", "index", "record"])
-def test_killed_at_any_moment_nothing_looks_complete_and_the_next_run_is_clean(tmp_path, where):
-    made = family(tmp_path, llama())
-    words = ["merge", "--method", "weight_average", *refs(tmp_path), "--out", tmp_path / "out", "--shard-size", "700"]
-    words = [sys.executable, "-c", KILLED, where, *map(str, words)]
-    done = subprocess.run(words, capture_output=True, cwd=pathlib.Path(__file__).parents[1], check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-    left = {path.name for path in (tmp_path / "out").iterdir()}
-    assert ".taskvec_unfinished" in left and "taskvec_merge.json" not in left
-    if where != "record":
-        with pytest.raises(FileNotFoundError):
-            safetensors.SafetensorsReader(tmp_path / "out")
-    # Other shards than before: nothing of the first run may stay.
-    merge(tmp_path, "--shard-size", "1kB")
-    for key, x in safetensors.load(tmp_path / "out").items():
-        np.testing.assert_allclose(x, mean(made)[key], rtol=1e-6, atol=1e-6)
-    names = {path.name for path in (tmp_path / "out").iterdir()}
-    count = len([name for name in names if name.endswith(".safetensors")])
-    assert all(name.endswith(f"of-{count:05d}.safetensors") for name in names if name.endswith(".safetensors"))
-    assert not [name for name in names if name.startswith(".")]
-
-
-def test_two_runs_do_not_write_to_one_folder(tmp_path, capsys):
-    family(tmp_path, llama())
-    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    try:
-        (tmp_path / "out").mkdir()
-        marker = tmp_path / "out" / command.UNFINISHED
-        marker.write_text(json.dumps({"process": str(other.pid), "files": []}))
-        text = refused(capsys, "merge", "--method", "ties", *refs(tmp_path), "--out", tmp_path / "out")
-        assert f"process {other.pid} is writing" in text
-        # In containers the numbers of processes come again: our own was that of a run that was killed.
-        marker.write_text(json.dumps({"process": str(os.getpid()), "files": ["model-00001-of-00009.safetensors"]}))
-        (tmp_path / "out" / "model-00001-of-00009.safetensors").write_text("half")
-        merge(tmp_path)
-        assert not marker.exists() and not (tmp_path / "out" / "model-00001-of-00009.safetensors").exists()
-    finally:
-        other.kill()
-        other.wait()
-
-
-STATUS = pathlib.Path("/proc/self/status")
-
-
-@pytest.mark.skipif(not STATUS.exists() or "RssAnon" not in STATUS.read_text(), reason="needs RssAnon of Linux")
-def test_memory_does_not_grow_with_the_model(tmp_path):
-    """Four models of 60 MB: what the process itself holds is less than they are together, Python and jax included.
-
-    So it is far below the 400 MB that are promised beside what blocks may take.
-    """
-    rng = np.random.default_rng(0)
-    for name in ("base", "a", "b", "c"):
-        arrays = {"h.0.w": rng.random((4000, 2500), np.float32), "h.1.w": rng.random((2500, 2000), np.float32)}
-        safetensors.save(tmp_path / f"{name}.safetensors", arrays)
-    models = [f"--expert={name}={tmp_path / name}.safetensors" for name in "abc"]
-    words = ["--method=ties", f"--base={tmp_path / 'base'}.safetensors", *models, "--memory=16MB", "--no-hash"]
-    call = [sys.executable, "-m", "taskvec", "merge", *words, f"--out={tmp_path / 'out'}"]
-    with subprocess.Popen(call, cwd=pathlib.Path(__file__).parents[1]) as process:
-        status, peak = pathlib.Path(f"/proc/{process.pid}/status"), 0
-        while process.poll() is None:
-            held = re.search(r"RssAnon:\s+(\d+) kB", status.read_text())
-            peak = max(peak, 1024 * int(held[1]) if held else 0)
-            time.sleep(0.003)
-    assert process.returncode == 0 and (tmp_path / "out" / "model.safetensors").stat().st_size > 60_000_000
-    assert 50_000_000 < peak < 240_000_000
-
-
-def test_methods(capsys):
-    run("methods")
-    text = capsys.readouterr().out
-    assert all(name in text for name in (*tv.methods(), "greedy_soup", "pcb_search"))
-    run("methods", "greedy_soup")
-    text = capsys.readouterr().out
-    assert "2203.05482" in text and "search.greedy_soup(models, evaluate)" in text and "strictly better" in text
-    run("methods", "ties")
-    text = capsys.readouterr().out
-    for wanted in ("2306.01708", "density", "0.2", "disjoint_mean", "rule='released'"):
-        assert wanted in text
-    assert "did you mean 'ties'" in refused(capsys, "methods", "tie")
-
-
-def test_inspect(tmp_path, capsys):
-    made = family(tmp_path, llama(), ("a", "b", "c"))
-    write(tmp_path / "c", {k: v for k, v in made["c"].items() if k != "lm_head.weight"}, shard_bytes=700)
-    run("inspect", tmp_path / "base", tmp_path / "a", tmp_path / "b", tmp_path / "c", "--plot", tmp_path / "x.png")
-    text = capsys.readouterr().out
-    assert "c: lacks (1): lm_head.weight" in text and "model.layers.2" in text
-    assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
-    run("inspect", tmp_path / "base", tmp_path / "base")
-    assert "names, shapes and dtypes are the same" in capsys.readouterr().out
-    assert "--plot names a PNG" in refused(capsys, "inspect", tmp_path / "base", tmp_path / "a", "--plot", "x.pdf")
-
-
-@pytest.mark.parametrize(("text", "count"), [("2GB", 2 * 10**9), ("1GiB", 1 << 30), ("1.5 MB", 1_500_000), ("64", 64)])
-def test_sizes(text, count):
-    assert request.size(text) == count
-
-
-def test_labels():
-    assert request.named(["x/a", "y/a", "z=y/b", "m+ad/c"]) == (
-        ("a#1", "x/a"), ("a#2", "y/a"), ("z", "y/b"), ("c", "m+ad/c")
-    )  # fmt: skip
-    assert request.settings(["a=1", "b=(1, 2.5)", "c=tensor", "d=None"]) == {
-        "a": 1,
-        "b": (1, 2.5),
-        "c": "tensor",
-        "d": None,
-    }
-
-
-def test_it_starts_without_what_it_does_not_need():
-    code = (
-        "import sys; from taskvec import cli; from taskvec.commands import merge, prepare, show;"
-        "print([m for m in ('orbax', 'matplotlib', 'huggingface_hub', 'tokenizers', 'PIL') if m in sys.modules])"
-    )
-    root = pathlib.Path(__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
-    assert done.stdout.strip() == "[]"

@@ -12,7 +12,7 @@ import taskvec as tv
 from taskvec import models, tree as trees
 from taskvec.adaptive.coefficients import coefficients as parametrisation
 from taskvec.io import coefficients as io, safetensors
-from tests.test_cli import refused, run
+from tests.cli_for_tests import refused, run
 
 RECORDED = pathlib.Path(__file__).parent / "models" / "recorded"
 
