@@ -91,7 +91,9 @@ def test_moves_features_to_the_experts():
 
 
 def test_units_of_features_do_not_matter_when_centred():
-    small, large = (surgery.train(*features(units=units), rank=RANK, steps=30, seed=1) for units in (2.0**-6, 1.0))
+    small, large = (
+        surgery.train(*features(units=units), rank=RANK, center=True, steps=30, seed=1) for units in (2.0**-6, 1.0)
+    )
     np.testing.assert_allclose(small.up, large.up, atol=1e-4)  # not exact: the epsilon of Adam has units
     np.testing.assert_allclose(small.scale * 2**6, large.scale, rtol=1e-6)
 
