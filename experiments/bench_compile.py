@@ -23,7 +23,7 @@ from taskvec.adaptive import registry, rows as rows_lib
 from taskvec.adaptive.learn import Problem
 
 SHORTEST = {
-    "steps": 1, "coefficient_steps": 1, "rounds": 1, "epochs": 1, "per_task": 1, "per_set": 1, "batch_size": 2,
+    "steps": 1, "coefficient_steps": 1, "rounds": 1, "epochs": 1, "per_task": 1, "per_set": 1, "batch_size": 4,
     "shots": 1, "least_batches": 1, "budget": None, "per_class": 1, "head_epochs": 1,
 }  # fmt: skip
 STAGES = ("jaxpr_trace_duration", "jaxpr_to_mlir_module_duration", "backend_compile_duration")
@@ -56,7 +56,7 @@ def run(case: str, name: str) -> dict[str, Any]:
     problem, rows = arranged(name, case)
     given = {key: SHORTEST[key] for key in registry.get(name).defaults if key in SHORTEST}
     if name == "lorahub":
-        given["budget"] = 1
+        given["budget"] = 20
     if name == "fw_soft":
         given["adapt"] = rows._replace(labels=None)
     took: list[tuple[str, float]] = []
@@ -79,7 +79,7 @@ def arranged(name: str, case: str) -> tuple[Problem, rows_lib.Rows]:
     """The problem and the rows that a method takes."""
     args = argparse.Namespace(case=case, tasks=8, per_task=1, tau="float32", compute="float32")
     problem, rows = bench_adaptive.made(args)
-    if registry.get(name).card.data == "few labelled":
+    if registry.get(name).card.data == "few labelled" or name in learning.PAIRED:
         rows = rows._replace(labels=[np.arange(count) % 2 for count in rows.counts])
     if name in learning.ONE_OUT:
         return learning.one_out(problem, 0), rows.only([0])
