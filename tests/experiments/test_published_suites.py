@@ -13,6 +13,7 @@ from taskvec.data import clip_suites, suites
 from taskvec.evaluation import rows as rows_lib
 from taskvec.training import heads
 from tests.experiments import published
+from tests.experiments.test_finetune import ROWS
 
 SUITES = ("clip8", "clip14", "clip20")
 # Weights of the image towers with their projections (FusionBench: 87,456,000 without it for B/32, 303,179,776 L/14).
@@ -22,13 +23,6 @@ HUB = (
     "fer2013", "oxford-iiit-pet", "stl10", "cifar100", "cifar10", "food101", "fashion_mnist", "emnist_letters",
     "kmnist", "rendered-sst2",
 )  # fmt: skip
-# Training pictures of the published sets.
-ROWS = {
-    "sun397": 19850, "cars": 8144, "resisc45": 18900, "eurosat": 21600, "svhn": 73257, "gtsrb": 26640, "mnist": 60000,
-    "dtd": 3760, "flowers102": 1020, "pcam": 262144, "fer2013": 28709, "pets": 3680, "stl10": 5000, "cifar100": 50000,
-    "cifar10": 50000, "food101": 75750, "fashion_mnist": 60000, "emnist": 240000, "kmnist": 60000,
-    "rendered_sst2": 6920,
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("suite", SUITES)
