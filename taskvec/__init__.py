@@ -5,10 +5,21 @@ small pure transforms turn them into one model that does all the tasks. Every tr
 under its own name.
 """
 
-from taskvec import transforms as _transforms
-from taskvec._version import __version__ as __version__
-from taskvec.merging import merge, methods
-from taskvec.transforms import *  # noqa: F403
-from taskvec.vectors import task_vectors
+import importlib.util
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["merge", "methods", "task_vectors", *_transforms.__all__]
+from taskvec._version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from taskvec._public import *  # noqa: F403
+
+
+def __getattr__(name: str) -> Any:
+    # Imported late: jax takes a second to start, and the command line has other work for that second.
+    if importlib.util.find_spec(f"taskvec.{name}"):
+        return importlib.import_module(f"taskvec.{name}")
+    return getattr(importlib.import_module("taskvec._public"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__getattr__("__all__")})

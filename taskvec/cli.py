@@ -86,6 +86,10 @@ def _add_merge(commands, common: argparse.ArgumentParser) -> None:
 
 
 def _merge(args: argparse.Namespace) -> None:
+    # Before the imports, which keep one core busy for a second.
+    from taskvec.io.hashes import Hashes, weights_of
+
+    hashing = None if args.no_hash or args.dry_run else Hashes(weights_of(_names(args)))
     from taskvec import host
     from taskvec.commands import request
 
@@ -116,10 +120,10 @@ def _merge(args: argparse.Namespace) -> None:
         wanted = dataclasses.replace(wanted, memory=request.size(args.memory))
     if not args.out and not args.dry_run:
         raise ValueError("say where to write: --out OUT (or --dry-run to see the plan only)")
-    _start(args, wanted, earlier)
+    _start(args, wanted, earlier, hashing)
 
 
-def _start(args: argparse.Namespace, wanted, earlier) -> None:
+def _start(args: argparse.Namespace, wanted, earlier, hashing) -> None:
     from taskvec.commands import merge, prepare, show
     from taskvec.io.progress import console
 
@@ -133,8 +137,16 @@ def _start(args: argparse.Namespace, wanted, earlier) -> None:
     for note in job.notes:
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     with show.bar("merging", job.read_bytes) as update:
-        record = merge.execute(job, to, hashes=not args.no_hash, earlier=earlier, on_progress=update)
+        record = merge.execute(job, to, hashing=hashing, earlier=earlier, on_progress=update)
     console.print(f"{args.out}: {len(job.specs)} tensors in {record['seconds']} s", highlight=False, markup=False)
+
+
+def _names(args: argparse.Namespace) -> list[str]:
+    """What the arguments and a recipe may name models by: every word of theirs."""
+    words = [args.base, *args.expert, *args.extra]
+    if args.recipe and pathlib.Path(args.recipe).is_file():
+        words += pathlib.Path(args.recipe).read_text(encoding="utf-8", errors="replace").split()
+    return [word.strip("\"',") for word in words for word in (word, word.partition("=")[2]) if word]
 
 
 def _methods(args: argparse.Namespace) -> None:

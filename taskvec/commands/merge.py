@@ -12,6 +12,7 @@ from typing import Any
 from taskvec.commands.job import Job
 from taskvec.io import provenance
 from taskvec.io.folders import Model
+from taskvec.io.hashes import Hashes
 from taskvec.io.safetensors import SafetensorsReader, SafetensorsWriter
 from taskvec.io.safetensors_format import alive, remove_stale, some, this_process, write_text
 from taskvec.merging.streamed import merge_streamed
@@ -88,7 +89,7 @@ def execute(
     job: Job,
     to: Target,
     *,
-    hashes: bool = True,
+    hashing: Hashes | None = None,
     earlier: Mapping[str, Any] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
@@ -99,7 +100,7 @@ def execute(
     Args:
       job: what to do.
       to: where to.
-      hashes: whether SHA-256 of all inputs are recorded.
+      hashing: computes the SHA-256 of all inputs for the record; without it only their sizes are recorded.
       earlier: the record of the merge that this one repeats; inputs that have changed since are an error.
       on_progress: called with (bytes done, bytes in all).
 
@@ -110,12 +111,13 @@ def execute(
     _clear(to)
     side = _side_files(job.first) if to.weights == to.folder or job.single_name else {}
     with _marked(to, side), contextlib.ExitStack() as stack:
-        hashing = provenance.Hashes((path for model in job.inputs.values() for path in model.files), hashes)
+        if hashing:
+            hashing.want(path for model in job.inputs.values() for path in model.files)
         writer = SafetensorsWriter(to.weights, job.specs, max_shard_bytes=job.request.shard_bytes)
         stack.enter_context(writer)
         _mark(to, [*writer.names, *side, to.record.name])
         _run(job, writer, on_progress)
-        found = hashing.result()
+        found = hashing.result() if hashing else {}
         inputs = {label: provenance.describe(model, found) for label, model in job.inputs.items()}
         for label, record in (earlier or {}).get("inputs", {}).items():
             provenance.check_unchanged(record, label, inputs[label])

@@ -1,16 +1,11 @@
 """``taskvec_merge.json``: what a merge was made of, from which it can be made again."""
 
-import collections
-import contextlib
 import datetime
-import hashlib
 import importlib.metadata
 import json
-import os
 import pathlib
 import platform
-import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from taskvec._version import __version__
@@ -19,38 +14,6 @@ from taskvec.io.safetensors_format import write_text
 
 NAME = "taskvec_merge.json"
 FORMAT = 1
-
-
-class Hashes:
-    """SHA-256 of files, computed by threads of low priority while the merge runs, which it seldom outlasts by much."""
-
-    def __init__(self, files: Iterable[pathlib.Path], wanted: bool = True):
-        self._left = collections.deque(sorted({path.resolve() for path in files}) if wanted else [])
-        self._found: dict[pathlib.Path, str] = {}
-        self._error: OSError | None = None
-        self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(min(4, os.cpu_count() or 1))]
-        for thread in self._threads:
-            thread.start()
-
-    def result(self) -> Mapping[pathlib.Path, str]:
-        """Waits; ``{resolved path: hexadecimal digest}``, empty if none were wanted."""
-        for thread in self._threads:
-            thread.join()
-        if self._error:
-            raise self._error
-        return self._found
-
-    def _run(self) -> None:
-        if hasattr(os, "setpriority"):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
-        with contextlib.suppress(IndexError):  # none left
-            while not self._error:
-                path = self._left.popleft()
-                try:
-                    with open(path, "rb") as file:
-                        self._found[path] = hashlib.file_digest(file, "sha256").hexdigest()
-                except OSError as error:
-                    self._error = error
 
 
 def describe(model: Model, hashes: Mapping[pathlib.Path, str] | None = None) -> dict[str, Any]:
