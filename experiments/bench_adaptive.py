@@ -8,9 +8,10 @@ Cases: ``b32`` is CLIP's ViT-B/32 image tower (87.5 M parameters), ``l14`` its l
 encoder on 48 tokens (no padding), ``sentences`` the same on sentences of 3 to 48 tokens, 22 on average as in eight sets
 of real ones, packed; all with random weights and inputs. ``surgery`` trains Surgery's published 1,000 steps
 over 8 tasks on cached features. A run is a process of its own. It prints the median of its steps, the time of the
-first, with compilation, and the peak of resident memory above theta0 and the task vectors; beside it, timed afterwards
-in the same process, a plain gradient step: forward and backward by all parameters of the same model, on the same rows
-and heads. With ``--peers`` FusionBench runs its own loop in turns with ours (``b_ada.py STEPS`` in the folder SCRIPTS).
+first, with compilation, and of all of them, and the peak of resident memory above theta0 and the task vectors; beside
+it, timed afterwards in the same process, a plain gradient step: forward and backward by all parameters of the same
+model, on the same rows and heads. With ``--peers`` FusionBench runs its own loop in turns with ours (``b_ada.py STEPS``
+in the folder SCRIPTS).
 """
 
 import argparse
@@ -112,13 +113,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     peak = bench_tower.memory("VmHWM")
     steps = np.diff([start, *ours])
     plains = []
-    for _ in range(args.steps + 1):
+    for _ in range(min(args.steps, 4) + 1):
         before = time.perf_counter()
         jax.block_until_ready(plain(problem.theta0, problem.heads, batch))
         plains.append(time.perf_counter() - before)
     return {
         "first": float(steps[0]),
         "step": float(np.median(steps[1:])),
+        "total": float(steps.sum()),
         "plain": statistics.median(plains[1:]),
         "extra_mb": round(peak - held),
         "held_mb": round(held),
@@ -171,6 +173,7 @@ def _peer(found: dict[str, Any]) -> dict[str, Any]:
     # Its merged model holds the copies it was given: what it was before the run is part of what it needs.
     return {
         "first": steps[0],
+        "total": sum(steps),
         "step": statistics.median(steps[1:] or steps),
         "extra_mb": extra,
         "peak_mb": found["peak_rss_mb"],
@@ -179,7 +182,7 @@ def _peer(found: dict[str, Any]) -> dict[str, Any]:
 
 def table(found: dict[str, list[dict[str, Any]]]) -> rich.table.Table:
     """Medians over processes."""
-    out = rich.table.Table("", *(names := ("step", "first", "plain", "extra_mb", "held_mb", "peak_mb")))
+    out = rich.table.Table("", *(names := ("step", "first", "total", "plain", "extra_mb", "held_mb", "peak_mb")))
     for side, runs in found.items():
         cells = [[run[name] for run in runs if name in run] for name in names]
         out.add_row(side, *(f"{statistics.median(values):.4g}" if values else "" for values in cells))
