@@ -6,6 +6,8 @@ Leaves ``result.jsonl`` (one row a method and seed), ``report.md``, ``accuracy.p
 coefficients, ``coefficients_LABEL`` as npz, json and png. Every method sees the same rows, heads and experts; what it
 may look at stands in its row.
 
+One that was killed begins anew, but goes on within the rows that learn coefficients, masks, heads or adapters.
+
 With ``--distributed``, in every process of a pod or cluster, each runs its part of the rows through the models that are
 scored; merging and adapting is not divided. Experts must exist.
 """
@@ -16,7 +18,7 @@ import time
 import jax
 from absl import app
 
-from experiments import memory, output, runs, setup
+from experiments import memory, output, resume, runs, setup
 from experiments.prepare import load_base, prepare
 from taskvec.io.progress import say
 
@@ -34,12 +36,14 @@ def benchmark(config, workdir: pathlib.Path) -> None:
     for seed in config.seeds:
         bench = prepare(config, base, seed)
         done: dict[str, runs.Outcome] = {}
+        kept = resume.Seed(workdir, bench)
         for label in output.in_order(config):
             memory.forget_peak()
-            done[label] = runs.run(bench, label, config.settings[label], done)
+            done[label] = runs.run(bench, label, config.settings[label], done, kept)
             say(table.add(bench, label, done[label]))
         if jax.process_index() == 0:
             table.write(workdir)  # after every seed, so that a run cut short leaves what it has
+    resume.forget(workdir)
     say(f"done in {time.perf_counter() - start:.0f} s; results in {workdir}")
 
 

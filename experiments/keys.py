@@ -12,8 +12,9 @@ import numpy as np
 import optax
 
 import taskvec
-from taskvec.data.base import Task
+from taskvec.data.base import SPLITS, Task
 from taskvec.data.lazy import Images
+from taskvec.evaluation import rows as rows_lib
 
 # The library's code that fine-tuning runs through, and training on all tasks together besides.
 _CODE = (
@@ -52,15 +53,38 @@ def of_run(
     return digest.hexdigest()[:20]
 
 
+def of_bench(bench: Any) -> str:
+    """A digest of all that the rows of a seed depend on: the config, as result rows have it, weights, data, code.
+
+    Args:
+      bench: `experiments.prepare.Bench`.
+    """
+    about = [rows_lib.config_hash(bench.config.to_dict()), bench.seed, _versions()]
+    digest = hashlib.sha256(json.dumps(about).encode())
+    for leaf in jax.tree.leaves((bench.base.pretrained, bench.experts, bench.heads)):
+        _add(digest, np.asarray(leaf))
+    for task in bench.tasks:
+        for split in (getattr(task, name) for name in SPLITS):
+            for x in (*(split.inputs[name] for name in sorted(split.inputs)), split.labels):
+                _add(digest, x)
+    for root in (pathlib.Path(taskvec.__file__).parent, pathlib.Path(__file__).parent):
+        for file in sorted(root.rglob("*.py")):
+            digest.update(file.relative_to(root).as_posix().encode() + file.read_bytes())
+    return digest.hexdigest()[:20]
+
+
 def of_code(together: bool = False) -> str:
     """A digest of the library's source files that training runs through, and of what they run on."""
     root, digest = pathlib.Path(taskvec.__file__).parent, hashlib.sha256()
     for part in _CODE + _TOGETHER * together:
         for file in sorted((root / part).rglob("*.py")) if (root / part).is_dir() else [root / part]:
             digest.update(file.relative_to(root).as_posix().encode() + file.read_bytes())
-    versions = [jax.__version__, optax.__version__, np.__version__, jax.default_backend()]
-    digest.update(json.dumps(versions).encode())
+    digest.update(json.dumps(_versions()).encode())
     return digest.hexdigest()[:20]
+
+
+def _versions() -> list[str]:
+    return [jax.__version__, optax.__version__, np.__version__, jax.default_backend()]
 
 
 @functools.cache

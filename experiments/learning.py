@@ -22,6 +22,7 @@ from taskvec.adaptive.rows import SECOND, Rows
 from taskvec.adaptive.teachers import features_of
 from taskvec.data import batches, packing
 from taskvec.data.base import Split
+from taskvec.io.checkpoints import Checkpoint
 from taskvec.io.progress import bar
 from taskvec.modular import results
 from taskvec.modular.results import Merged
@@ -33,6 +34,7 @@ ONE_OUT = ("atlas_few_shot", "atlas_ufm", "lorahub")
 PAIRED = ("self_positioning",)
 NEGATION = ("target", "control_task")
 NOT_SETTINGS = ("validation", "pool")  # rows and features that the benchmark gives
+NO_STEPS = ("fw_hard", "sens_merging")  # nothing of them is kept
 ADAPT = ("unlabelled test", "unlabelled train")  # rows beside the labelled ones, as published and inductive
 
 
@@ -55,10 +57,10 @@ def settings_of(name: str) -> dict[str, Any]:
     return {**given, **more}
 
 
-def learn(bench: Bench, name: str, data: str, settings: dict[str, Any]) -> Found:
-    """Runs a registered adaptive method; `data` says which rows it may look at."""
+def learn(bench: Bench, name: str, data: str, settings: dict[str, Any], checkpoint: Checkpoint | None = None) -> Found:
+    """Runs a registered adaptive method; `data` says which rows it may look at, `checkpoint` where it goes on."""
     if name in ONE_OUT:
-        return Found(results.per_task(_one_by_one(bench, name, data, dict(settings))))
+        return Found(results.per_task(_one_by_one(bench, name, data, dict(settings), checkpoint)))
     given = rows(bench, data, packed=name not in TOKENWISE)
     if name == "atlas" and settings.get("augment"):
         settings = {**settings, "validation": given}
@@ -68,18 +70,21 @@ def learn(bench: Bench, name: str, data: str, settings: dict[str, Any]) -> Found
         names = [task.name for task in bench.tasks]
         target, control = (names.index(settings[key]) for key in NEGATION)
         rest = {key: value for key, value in settings.items() if key not in NEGATION}
-        found = _run(bench, name, negation(problem(bench), target, control), given.only([target, control]), rest)
+        pair = negation(problem(bench), target, control), given.only([target, control])
+        found = _run(bench, name, *pair, rest, checkpoint)
         return Found(results.static(found.params))
     if name in PAIRED:
         given = pairs(given, bench.seed)
     if "adapt" in (known := settings_of(name)):
         settings = {**settings, "adapt": rows(bench, settings.get("adapt", known["adapt"]))}
-    found = _run(bench, name, problem(bench), given, settings)
+    found = _run(bench, name, problem(bench), given, settings, checkpoint)
     table = None if found.coefficients is None else (found.groups, found.coefficients)
     return Found(found.merged or results.static(found.params), table, found.heads)
 
 
-def _one_by_one(bench: Bench, name: str, data: str, settings: dict[str, Any]) -> list[Tree]:
+def _one_by_one(
+    bench: Bench, name: str, data: str, settings: dict[str, Any], checkpoint: Checkpoint | None
+) -> list[Tree]:
     """Each task's own model, learned by a method of `ONE_OUT` from the other tasks' vectors.
 
     Where the best epoch is kept, rows are drawn from the training rows and the epoch is chosen on the held-out ones.
@@ -98,15 +103,20 @@ def _one_by_one(bench: Bench, name: str, data: str, settings: dict[str, Any]) ->
         more = {"validation": rows(bench, data).only([t])} if best else {}
         if settings.get("select") == "feature":
             more["pool"] = [z_Nxd for s, z_Nxd in enumerate(features) if s != t]
-        params.append(_run(bench, name, one_out(problem(bench), t), given.only([t]), {**settings, **more}).params)
+        own = checkpoint and checkpoint.part(f"without_{bench.tasks[t].name}")
+        whole = one_out(problem(bench), t)
+        params.append(_run(bench, name, whole, given.only([t]), {**settings, **more}, own).params)
     return params
 
 
-def _run(bench: Bench, name: str, problem: Problem, given: Rows, settings: dict[str, Any]) -> Learned:
+def _run(
+    bench: Bench, name: str, problem: Problem, given: Rows, settings: dict[str, Any], checkpoint: Checkpoint | None
+) -> Learned:
     with bar(f"{name}, seed {bench.seed}") as update:
         begin = lambda steps: update(0, total=steps)
         show = lambda step, metrics: update(step, f"objective {metrics['loss'][-1]:.3f}")
-        loop = Loop(on_start=begin, on_chunk=show)
+        kept = None if name in NO_STEPS else checkpoint
+        loop = Loop(checkpoint=kept, on_start=begin, on_chunk=show)
         found = registry.get(name)(problem, given, seed=bench.seed, loop=loop, **settings)
         jax.block_until_ready(found.params)
     return found

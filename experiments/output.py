@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import few_shot_heads, learning, scoring, together
+from experiments import collected, few_shot_heads, learning, scoring, together
 from experiments.prepare import Bench
 from experiments.runs import KINDS, STANDING, Outcome, grid_of
 from taskvec.adaptive import registry as adaptive_registry
@@ -54,6 +54,7 @@ def check(config: Any, workdir: pathlib.Path) -> None:
             if "on" in settings and name not in STANDING:
                 _check_on(config, label, settings["on"])
             continue
+        settings = collected.checked(config, label, name, settings)
         grid = grid_of(settings)
         if grid and config.suite.held_out < 1:
             raise ValueError(f"{label} searches {', '.join(grid)} on held-out rows, but config.suite.held_out is 0")
@@ -72,7 +73,10 @@ def check(config: Any, workdir: pathlib.Path) -> None:
 def _check_on(config: Any, label: str, on: str) -> None:
     """What an adaptive method stands on: one static model of an earlier run, or a data-free method."""
     if on not in config.methods:
-        registry.get(on)
+        card = registry.get(on).card
+        if card.result != "static" or card.extras:
+            more = ", and a row of its own in config.methods: it needs statistics of data" if card.extras else ""
+            raise ValueError(f"{label} stands on {on!r}, but {on!r} must be one static model{more}")
         return
     order, name = in_order(config), method_of(config, on)
     cards = [methods[name].card for methods in (adaptive_registry.methods(), registry.methods()) if name in methods]
@@ -116,7 +120,7 @@ class Table:
         if outcome.coefficients is not None:
             groups, values = outcome.coefficients
             method, settings = method_of(self.config, label), outcome.settings
-            found = coefficients.of(bench.base.pretrained, values, groups, names, method, settings)
+            found = coefficients.of(bench.base.pretrained, values, groups, names, method, settings, bench.seed)
             self.coefficients.setdefault(label, found)
         row = rows_lib.Row(
             label=label,
@@ -133,6 +137,7 @@ class Table:
             seconds=outcome.seconds,
             seed=bench.seed,
             config_hash=rows_lib.config_hash(self.config.to_dict()),
+            storage_bits=outcome.storage_bits,
         )
         self.rows.append(row)
         shown = "  ".join(f"{100 * a:5.1f}" for a in per_task)
@@ -161,8 +166,9 @@ class Table:
 
     def claims(self) -> list[tuple[str, str, float, float]]:
         """The config's claims with their paired differences: ``(lower, higher, difference, standard error)``."""
-        learned = {*KINDS, *STANDING, *adaptive_registry.methods()}
-        static = [x for x in self.config.methods if method_of(self.config, x) not in learned]
+        cards = {name: method.card for name, method in registry.methods().items()}
+        one_model = {name for name, card in cards.items() if card.result == "static" and not card.extras}
+        static = [x for x in self.config.methods if method_of(self.config, x) in one_model]
         mean = {x: np.mean([row.mean_accuracy for row in self.rows if row.label == x]) for x in static}
         named = {BEST_STATIC: max(mean, key=mean.get)} if mean else {}
         pairs = [tuple(named.get(x, x) for x in claim) for claim in self.config.claims]

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import itertools
+import pathlib
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -12,13 +13,15 @@ import numpy as np
 
 import taskvec as tv
 import taskvec.modular.surgery as surgery_lib
-from experiments import few_shot_heads, learning, prepare, together
+from experiments import collected, few_shot_heads, learning, prepare, resume, together
 from experiments.prepare import Bench
 from taskvec.adaptive import registry as adaptive_registry
+from taskvec.analysis import storage
 from taskvec.evaluation import scorers
 from taskvec.evaluation.evaluate import scored
 from taskvec.io.progress import bar, say
 from taskvec.merging import registry
+from taskvec.merging.results import PerTask
 from taskvec.modular import results
 from taskvec.modular.results import Merged
 from taskvec.training.heads import Heads
@@ -36,9 +39,10 @@ class Outcome(NamedTuple):
       settings: all settings, resolved.
       seconds: of merging or adapting, a search on held-out rows included; scoring on test rows is not.
       data_access: as in a result row.
-      coefficients: ``(groups, [G, T])`` of an adaptive method.
+      coefficients: ``(groups, [G, T])`` of an adaptive method, ``[G, T, K]`` by parts of tensors.
       heads: trained in place of the fixed ones.
       classifiers: functions from features to logits in place of heads, one a task.
+      storage_bits: of a merge, as in a result row.
     """
 
     merged: Merged
@@ -50,6 +54,7 @@ class Outcome(NamedTuple):
     coefficients: tuple | None = None
     heads: Heads | None = None
     classifiers: list[Callable] | None = None
+    storage_bits: int | None = None
 
     @property
     def head_trained(self) -> bool:
@@ -62,8 +67,14 @@ class Outcome(NamedTuple):
         return bench.scorer if self.heads is None else scorers.of_heads(bench.base.model.apply, self.heads)
 
 
-def run(bench: Bench, label: str, settings: Mapping[str, Any], done: Mapping[str, Outcome]) -> Outcome:
-    """Runs the method named in `settings` (by default the label itself)."""
+def run(
+    bench: Bench,
+    label: str,
+    settings: Mapping[str, Any],
+    done: Mapping[str, Outcome],
+    kept: resume.Seed | None = None,
+) -> Outcome:
+    """Runs the method named in `settings` (by default the label itself); adaptive ones go on where `kept` has them."""
     settings = dict(settings)
     name = settings.pop("method", label)
     if name in few_shot_heads.SETTINGS:
@@ -71,8 +82,8 @@ def run(bench: Bench, label: str, settings: Mapping[str, Any], done: Mapping[str
     if name in KINDS:
         return KINDS[name](bench, settings, done)
     if name in adaptive_registry.methods():
-        return adaptive(bench, name, settings, done)
-    return static(bench, name, settings)
+        return adaptive(bench, name, settings, done, kept and kept.folder(label))
+    return merge(bench, name, settings)
 
 
 def _evaluated(bench: Bench, merged: Merged, **fields) -> Outcome:
@@ -109,45 +120,61 @@ def grid_of(settings: Mapping[str, Any]) -> dict[str, tuple]:
     return {k: tuple(v) for k, v in settings.items() if isinstance(v, tuple | list) and k != "weights"}
 
 
-def static(bench: Bench, name: str, settings: dict) -> Outcome:
-    """A registered data-free method; settings given as tuples are searched on held-out rows, never on test rows."""
+def merge(bench: Bench, name: str, settings: dict) -> Outcome:
+    """A registered merge; settings given as tuples are searched on held-out rows, never on test rows.
+
+    One that needs statistics of data has settings for these too, see `collected`. A task-conditioned one is scored on
+    every task by that task's own model.
+    """
     start = time.perf_counter()
+    method, own = registry.get(name), collected.settings_of(name)
+    data = settings.pop("data", method.card.data) if own else method.card.data
     grid = grid_of(settings)
-    fixed = {k: v for k, v in settings.items() if k not in grid}
-    best, best_score, merged = {}, -np.inf, None
+    fixed = {**own, **{k: v for k, v in settings.items() if k not in grid}}
+    extras_for = collected.collector(bench, name, data)
+    best, best_score, found = {}, -np.inf, None
     for values in itertools.product(*grid.values()):
         trial = dict(zip(grid, values, strict=True))
-        merge = tv.merge(name, bench.base.pretrained, bench.experts, **fixed, **trial)
-        params = jax.block_until_ready(merge)
-        found = 0.0
+        extras = extras_for({**fixed, **trial})
+        of_method = {k: v for k, v in {**fixed, **trial}.items() if k not in own}
+        merged = tv.merge(name, bench.base.pretrained, bench.experts, extras=extras, **of_method)
+        jax.block_until_ready(merged.stored if isinstance(merged, PerTask) else merged)
+        score = 0.0
         if grid:
             held_out = [bench.batches(t, "held_out") for t in range(len(bench.tasks))]
-            found = float(scored(bench.scorer, results.static(params), held_out).accuracy.mean())
-        if found > best_score:  # the first of equals: the smallest value
-            best, best_score, merged = trial, found, params
+            score = float(scored(bench.scorer, results.of_merge(merged), held_out).accuracy.mean())
+        if score > best_score:  # the first of equals: the smallest value
+            best, best_score, found = trial, score, merged
     if best:
         say(f"  {name}: {', '.join(f'{k}={v}' for k, v in best.items())} is best on held-out rows ({best_score:.1%})")
     seconds = time.perf_counter() - start
-    data = "few labelled" if grid else registry.get(name).card.data
-    resolved = {**registry.get(name).defaults, **fixed, **best, **{f"searched_{k}": v for k, v in grid.items()}}
-    return _evaluated(bench, results.static(merged), settings=resolved, seconds=seconds, data_access=data)
+    return _evaluated(
+        bench,
+        results.of_merge(found),
+        settings={**method.defaults, **fixed, **best, **{f"searched_{k}": v for k, v in grid.items()}},
+        seconds=seconds,
+        data_access=seen(data, *(["few labelled"] if grid else [])),
+        storage_bits=storage.bits_of(found),
+    )
 
 
-def adaptive(bench: Bench, name: str, settings: dict, done: Mapping) -> Outcome:
+def adaptive(bench: Bench, name: str, settings: dict, done: Mapping, folder: pathlib.Path | None = None) -> Outcome:
     """A registered adaptive method; ``data`` says which rows it may look at, by default those of its card.
 
     ``on`` of those that have it (SurgeryV2) is an earlier run, or a data-free method with its published settings.
+    `folder` is where it keeps its state.
     """
     data, on = settings.pop("data", adaptive_registry.get(name).card.data), settings.get("on")
     given = {**settings, "on": done[on].merged.params_for(0)} if on in done else settings
-    start = time.perf_counter()
-    found = learning.learn(bench, name, data, given)
+    with resume.row(folder) as row:
+        found = learning.learn(bench, name, data, given, row.checkpoint)
+        seconds = row.seconds
     access = [data, known["adapt"]] if "adapt" in (known := {**learning.settings_of(name), **settings}) else [data]
     return _evaluated(
         bench,
         found.merged,
         settings=known,
-        seconds=time.perf_counter() - start,
+        seconds=seconds,
         data_access=seen(*access, *([done[on].data_access] if on in done else [])),
         coefficients=found.coefficients,
         heads=found.heads,
@@ -175,7 +202,8 @@ def surgery(bench: Bench, settings: dict, done: Mapping) -> Outcome:
     start = time.perf_counter()
     merged = done[on].test if transductive else done[on].held_out()
     teacher = done["individual"].test if transductive else done["individual"].held_out()
-    with bar(f"Surgery on {on}, seed {bench.seed}", {**SURGERY, **settings}["steps"]) as update:
+    steps = sum(map(len, merged)) if settings.get("once") else {**SURGERY, **settings}["steps"]
+    with bar(f"Surgery on {on}, seed {bench.seed}", steps) as update:
         show = lambda step, metrics: update(step, f"l1 {metrics['loss'][-1]:.3f}")
         adapters = surgery_lib.train(merged, teacher, seed=bench.seed, on_chunk=show, **settings)
     correct = lambda features: [np.asarray(surgery_lib.apply(adapters, t, z)) for t, z in enumerate(features)]

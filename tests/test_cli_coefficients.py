@@ -17,7 +17,7 @@ from tests.cli_for_tests import refused, run
 RECORDED = pathlib.Path(__file__).parent / "models" / "recorded"
 
 
-def setting(tmp_path, folder, part=None, tasks=("svhn", "cars"), plus_plus=False):
+def setting(tmp_path, folder, part=None, tasks=("svhn", "cars"), plus_plus=False, partitions=1):
     """Folders of experts, a file of coefficients of the part, and the params that it merges in memory."""
     rng = np.random.default_rng(0)
     whole, everything = models.load(RECORDED / folder)
@@ -28,12 +28,14 @@ def setting(tmp_path, folder, part=None, tasks=("svhn", "cars"), plus_plus=False
         experts.append(models.load(tmp_path / task, part=part)[1])
     model, theta0 = models.load(RECORDED / folder, part=part)
     groups, tau = trees.groups(theta0, "tensor"), tv.task_vectors(theta0, experts)
-    values = rng.uniform(0, 1, (len(groups.names), len(tasks))).astype(np.float32)
-    io.save(tmp_path / "found", io.of(theta0, values, groups.names, tasks, "adamerging", {"plus_plus": plus_plus}))
-    learned = parametrisation(groups, len(tasks), values)
+    values = rng.uniform(0, 1, (len(groups.names), len(tasks), partitions)).astype(np.float32)
+    values = values[..., 0] if partitions == 1 else values
+    settings = {"plus_plus": plus_plus}
+    io.save(tmp_path / "found", io.of(theta0, values, groups.names, tasks, "adamerging", settings, seed=3))
+    learned = parametrisation(groups, len(tasks), partitions=partitions, seed=3)
     if plus_plus:
         tau = tv.transform_task_vectors(tv.chain(tv.trim(density=0.2), tv.elect_signs()), theta0, tau)
-    return model, theta0, jax.jit(learned.merge)(theta0, tau, learned.init())
+    return model, theta0, jax.jit(learned.merge)(theta0, tau, {"lam": values})
 
 
 def words(tmp_path, folder, *experts, out="out"):
@@ -43,10 +45,15 @@ def words(tmp_path, folder, *experts, out="out"):
 
 
 @pytest.mark.parametrize(
-    "folder, part, plus_plus", [("clip_both", "vision_projected", False), ("bert_odd", None, True)]
+    "folder, part, plus_plus, partitions",
+    [
+        ("clip_both", "vision_projected", False, 1),
+        ("bert_odd", None, True, 1),
+        ("clip_both", "vision_projected", False, 3),
+    ],
 )
-def test_a_folder_is_merged_as_in_memory(tmp_path, folder, part, plus_plus):
-    _, theta0, expected = setting(tmp_path, folder, part, plus_plus=plus_plus)
+def test_a_folder_is_merged_as_in_memory(tmp_path, folder, part, plus_plus, partitions):
+    _, theta0, expected = setting(tmp_path, folder, part, plus_plus=plus_plus, partitions=partitions)
     # Out of order: labels bring the experts to the columns.
     run(*words(tmp_path, folder, tmp_path / "cars", f"svhn={tmp_path / 'svhn'}"))
     merged = models.load(tmp_path / "out", part=part)[1]

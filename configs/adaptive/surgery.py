@@ -4,6 +4,7 @@
 
 Settings of the released code: rank 16, Adam 1e-3, 500 iterations of two batches of 16 test rows a task, a step after
 each: 1000 steps. The paper's form is not centred. Below: task arithmetic and TIES at 0.3, layer-wise AdaMerging.
+``surgery_online``: the authors' online variant, every test row once and alone.
 
 | 8 tasks | protocol | B/32 | B/16 | L/14 |
 | --- | --- | ---: | ---: | ---: |
@@ -41,4 +42,6 @@ def rows(arg):
     }  # fmt: skip
     others = {f"surgery_{on}": {**every, "on": on} for on in ("weight_average", "task_arithmetic", "ties")}
     inductive = {**every, "on": "adamerging", "data": "unlabelled train"}
-    return {**MERGED, **others, "surgery_inductive": inductive, "surgery": {**every, "on": "adamerging"}}
+    ada = {**every, "on": "adamerging"}
+    online = {name: x for name, x in ada.items() if name not in ("steps", "batch_size")} | {"once": True}
+    return {**MERGED, **others, "surgery_inductive": inductive, "surgery_online": online, "surgery": ada}

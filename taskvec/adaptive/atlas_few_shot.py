@@ -6,12 +6,11 @@ See `atlas` for the method, `selection` for a budget of task vectors, and `atlas
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import optax
 
 from taskvec.adaptive import atlas_parts as parts, rows as rows_lib, selection
 from taskvec.adaptive.fit import Loop
 from taskvec.adaptive.keep import accuracy, keep_best
-from taskvec.adaptive.learn import Learned, Problem, learn
+from taskvec.adaptive.learn import Learned, Problem
 from taskvec.adaptive.registry import adaptive_method
 from taskvec.adaptive.rows import Batch, Rows
 from taskvec.merging.registry import Card
@@ -120,23 +119,17 @@ def atlas_few_shot(
             raise ValueError("a budget goes with mode='tensor' and no partitions")
         chosen = selection.choose_within(problem, rows, budget, select, blockwise, seed, pool)
         problem = problem._replace(tau=chosen.tau)
-    parametrisation = parts.free_coefficients(problem, mode, partitions, partitioned, seed)
+    learner = parts.learner_of(
+        problem.kind, parts.cross_entropies, mode, partitions, partitioned, seed if partitions > 1 else 0,
+        learning_rate, weight_decay, gradient_norm, loop.chunk, loop.pieces,
+    )  # fmt: skip
     batches, length = epochs_of(rows, batch_size, least_batches, seed)
     steps, pick = epochs * length, lambda found: found
     if keep == "best":
         start = accuracy(problem, problem.theta0, validation).mean()
-        loop, pick = keep_best(problem, parametrisation, validation, np.mean, length, steps, loop, start)
-    found = learn(
-        problem,
-        parametrisation,
-        parts.cross_entropies,
-        batches,
-        parts.optimiser(optax.cosine_decay_schedule(learning_rate, max(steps, 1)), weight_decay, gradient_norm),
-        steps,
-        seed=seed,
-        loop=loop,
-    )
-    found = pick(found)
+        known = learner.parametrisation, validation, np.mean, length, steps, loop, start
+        loop, pick = keep_best(problem, *known, merge=learner.merge)
+    found = pick(learner.run(problem, batches, steps, seed=seed, loop=loop))
     if chosen is None:
         return found
     return found._replace(coefficients=selection.spread_out(found.coefficients, chosen.numbers, tasks))

@@ -1,5 +1,6 @@
 """What the methods of aTLAS (see `taskvec.adaptive.atlas`) have in common."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -10,7 +11,8 @@ from taskvec import tree as trees
 from taskvec.adaptive import objectives
 from taskvec.adaptive.coefficients import coefficients
 from taskvec.adaptive.fit import Loop
-from taskvec.adaptive.learn import Outputs, Problem
+from taskvec.adaptive.learn import Kind, Learner, Objective, Outputs, Problem, make_learner
+from taskvec.adaptive.optimisers import cosine
 from taskvec.adaptive.parametrisation import Parametrisation
 from taskvec.adaptive.rows import Rows
 from taskvec.tree import Tree
@@ -27,7 +29,7 @@ def optimiser(
 
 
 def free_coefficients(
-    problem: Problem, mode: str, partitions: int = 1, partitioned: str = "all", seed: int = 0
+    problem: Problem | Kind, mode: str, partitions: int = 1, partitioned: str = "all", seed: int = 0
 ) -> Parametrisation:
     """Coefficients of any sign, zero at the start.
 
@@ -49,6 +51,34 @@ def free_coefficients(
         keep = lambda theta0, tau, factor: combine(theta0, tau, factor) if theta0.ndim == 2 else theta0
         made = made._replace(combine=keep)
     return made
+
+
+@functools.lru_cache(1)
+def learner_of(
+    kind: Kind,
+    objective: Objective,
+    mode: str,
+    partitions: int,
+    partitioned: str,
+    seed: int,
+    learning_rate: float,
+    weight_decay: float,
+    gradient_norm: float | None,
+    chunk: int | None,
+    pieces: int = 1,
+) -> Learner:
+    """Free coefficients by AdamW, its rate falling to 0 along a cosine; the last one made is kept for the next task.
+
+    Args:
+      kind: of the problems.
+      objective: a function that stays the same from task to task.
+      mode, partitions, partitioned, seed: see `free_coefficients`.
+      learning_rate, weight_decay, gradient_norm: see `optimiser`.
+      chunk, pieces: of the loop.
+    """
+    made = free_coefficients(kind, mode, partitions, partitioned, seed)
+    falling = optax.chain(optimiser(1.0, weight_decay, gradient_norm), cosine(learning_rate))
+    return make_learner(kind, made, objective, falling, loop=Loop(chunk=chunk, pieces=pieces))
 
 
 def lp_penalty(order: int | None, gamma: float = 0.5) -> Callable[[Tree], jax.Array] | None:

@@ -8,17 +8,17 @@ gradient, where it is certain:
     min_lam sum_b w_b CE(q_b, h(f(strong_b))) / sum_b w_b,    w_b = [max_c q_bc > 0.99]
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from taskvec.adaptive import atlas_parts as parts, objectives, rows as rows_lib
 from taskvec.adaptive.fit import Loop
 from taskvec.adaptive.keep import logits_of
-from taskvec.adaptive.learn import Learned, Outputs, Problem, learn
+from taskvec.adaptive.learn import Learned, Outputs, Problem
 from taskvec.adaptive.registry import adaptive_method
 from taskvec.adaptive.rows import Batch, Rows
 from taskvec.adaptive.teachers import features_of
@@ -35,8 +35,10 @@ def trusted_rows(logits_NxC: np.ndarray, per_class: int | None = None) -> np.nda
     """
     count, classes = logits_NxC.shape
     k = max(min(count // (10 * classes), 100), 1) if per_class is None else per_class
-    probability = np.asarray(objectives.log_probabilities(jnp.asarray(logits_NxC)))
-    order = np.argsort(-probability, axis=0, kind="stable")
+    # On the host, where every number of rows and classes would be a program of its own.
+    shifted = logits_NxC - logits_NxC.max(1, keepdims=True)
+    log_probability = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+    order = np.argsort(-log_probability, axis=0, kind="stable")
     return np.unique(order[:k])
 
 
@@ -74,6 +76,7 @@ def two_streams(
     return batch, length
 
 
+@functools.lru_cache(1)
 def certain_on_strong(threshold: float) -> Callable[[Outputs], jax.Array]:
     """The objective; logits ``[1, 2 B, C]`` are those of B weak and B strong views, or ``[1, B, C]`` of one view."""
 
@@ -152,18 +155,11 @@ def atlas_ufm(
     others = others if len(others) else trusted
     labels = logits_NxC.argmax(-1).astype(np.int32)
     batches, length = two_streams(both, others, trusted, labels, batch_size, seed, all_trusted)
-    parametrisation = parts.free_coefficients(problem, mode, partitions, partitioned, seed)
-    rate = optax.cosine_decay_schedule(learning_rate, max(epochs * length, 1))
-    return learn(
-        problem,
-        parametrisation,
-        certain_on_strong(threshold),
-        batches,
-        parts.optimiser(rate, weight_decay, gradient_norm),
-        epochs * length,
-        seed=seed,
-        loop=loop,
-    )
+    learner = parts.learner_of(
+        problem.kind, certain_on_strong(threshold), mode, partitions, partitioned, seed if partitions > 1 else 0,
+        learning_rate, weight_decay, gradient_norm, loop.chunk,
+    )  # fmt: skip
+    return learner.run(problem, batches, epochs * length, seed=seed, loop=loop)
 
 
 def first_views(rows: Rows) -> Rows:

@@ -10,6 +10,7 @@ import optax
 
 from taskvec import tree as trees
 from taskvec.adaptive.parametrisation import Parametrisation, tensor_numbers, weighted_sum
+from taskvec.transforms.by_name import part_of, part_root
 from taskvec.tree import Tree
 
 Array = jax.Array
@@ -94,13 +95,13 @@ def coefficients(
         numbers = tensor_numbers(groups.ids)
         # One root for all: a part then follows from the position alone.
         numbers = jax.tree.map(jnp.zeros_like, numbers) if shared_parts else numbers
-        roots = jax.tree.map(lambda n: n ^ jnp.uint32(seed * 0x9E3779B1 % 2**32), numbers)
+        roots = jax.tree.map(lambda n: part_root(n, seed), numbers)
         return jax.tree.map(lambda coef, root: {"coef": coef, "root": root}, factors, roots)
 
     project = _onto_simplex if constraint == "simplex" else lambda learnables: learnables
     combine = weighted_sum if partitions == 1 else _partitioned(partitions)
     table = lambda learnables: (groups.names, by_task(learnables))
-    return Parametrisation(lambda: {"lam": start}, spread, combine, project, table if partitions == 1 else None)
+    return Parametrisation(lambda: {"lam": start}, spread, combine, project, table)
 
 
 def elementwise(theta0: Tree, num_tasks: int, init: float = 0.3, constraint: str = "identity") -> Parametrisation:
@@ -146,9 +147,5 @@ def _partitioned(partitions: int) -> Callable[[Array, Array, Tree], Array]:
 
 
 def parts(root: Array, shape: tuple[int, ...], partitions: int) -> Array:
-    """Which part an entry belongs to: int32 of `shape`, from a hash (murmur3's finaliser) of root and position."""
-    x = jax.lax.iota(jnp.uint32, math.prod(shape))
-    x = (x + root) * jnp.uint32(0x9E3779B1)
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-    return ((x ^ (x >> 16)) % jnp.uint32(partitions)).astype(jnp.int32).reshape(shape)
+    """Which part an entry belongs to, int32 of `shape`; see `taskvec.transforms.by_name.part_of`."""
+    return part_of(jax.lax.iota(jnp.uint32, math.prod(shape)), root, partitions).reshape(shape)

@@ -88,7 +88,8 @@ class Loop(NamedTuple):
     Attributes:
       chunk: most steps in one call of the compiled program, by default `default_chunk`.
       checkpoint: object with ``should_save(step)``, ``save(step, state)`` and ``restore(state) -> (step, state)`` or
-        None, such as `taskvec.io.checkpoints.Checkpoint`.
+        None, such as `taskvec.io.checkpoints.Checkpoint`; for what takes a `part` of a loop also with ``part(name)``,
+        another one.
       on_start: called with the number of steps, before the first.
       on_chunk: called with (steps done, metrics of the chunk ``{name: [n, ...]}``), one chunk late.
       evaluate: see `Evaluate`; what it gives is in `FitResult.evaluations`. A resumed run evaluates where it resumes,
@@ -112,6 +113,13 @@ class Loop(NamedTuple):
         for field, reason in why.items():
             if getattr(self, field) != Loop._field_defaults[field]:
                 raise ValueError(f"{name} takes no Loop({field}=...): {reason}. Leave it out")
+
+    def part(self, name: str) -> "Loop":
+        """The loop of one of several fits, or of what else is kept, with checkpoints of its own.
+
+        A method of several fits runs all of them again when it resumes; those that had ended give what they gave.
+        """
+        return self if self.checkpoint is None else self._replace(checkpoint=self.checkpoint.part(name))
 
     def watch(self) -> dict[str, Any]:
         """What the runner of `make_fit` takes of it."""
@@ -158,7 +166,8 @@ def make_fit(
 
     Args:
       loss_fn: ``(learnables, frozen, batch, key) -> (scalar, {name: array})``, or a `Gradient`.
-      optimiser: of optax.
+      optimiser: of optax. Its update gets ``num_steps``, int32, the steps it takes in the whole run: schedules that
+        depend on it then need no program of their own for every length.
       chunk: most steps in one call of the compiled program, by default `default_chunk`. A chunk ends early where the
         shape of the batches changes; that costs no further compilation, and no result depends on it.
       project: ``learnables -> learnables`` after every step.
@@ -166,6 +175,7 @@ def make_fit(
         metrics count batches, schedules of the optimiser its own steps.
     """
     chunk = chunk or default_chunk()
+    optimiser = optax.with_extra_args_support(optimiser)
     optimiser = optax.MultiSteps(optimiser, accumulate) if accumulate > 1 else optimiser
     gradient = loss_fn if isinstance(loss_fn, Gradient) else plain_gradient(loss_fn)
     step = _step(gradient, optimiser, project)
@@ -193,8 +203,9 @@ def make_fit(
         # Host arrays would go to the device again with every chunk.
         frozen = jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, frozen)
         key, start, evaluations, record = jax.random.key(seed), 0, {}, _Record(on_chunk)
+        num_steps = np.int32(steps // accumulate)
         if steps > 0:
-            record.begin(steps, jax.eval_shape(step, state, frozen, batches(0), key)[1][0])
+            record.begin(steps, jax.eval_shape(step, state, frozen, batches(0), key, num_steps)[1][0])
         saved = checkpoint and checkpoint.restore({"state": state, "history": record.history})
         if saved:
             start, state = saved[0], copied(*saved[1]["state"])
@@ -216,7 +227,7 @@ def make_fit(
         del saved
         for first, count, stacked in _chunks(batches, start, steps_left, chunk, evaluate.every if evaluate else steps):
             stacked = stacked if place is None else place.batches(stacked)
-            state, metrics = advance(state, frozen, stacked, key, np.uint32(first), np.int32(count))
+            state, metrics = advance(state, frozen, stacked, key, num_steps, np.uint32(first), np.int32(count))
             record.add(first, count, metrics)
             done = first + count
             if checkpoint is not None and (done == steps or checkpoint.should_save(done)):
@@ -233,11 +244,11 @@ def make_fit(
 def _step(
     gradient: Gradient, optimiser: optax.GradientTransformation, project: Callable[[Tree], Tree] | None
 ) -> Callable[..., tuple[FitState, Any]]:
-    """One step: ``(state, frozen, batch, key) -> (state, (metrics, which gradients are finite))``."""
+    """One step: ``(state, frozen, batch, key, num_steps) -> (state, (metrics, which gradients are finite))``."""
 
-    def step(state: FitState, frozen: Any, batch: Any, key: Array) -> tuple[FitState, Any]:
+    def step(state: FitState, frozen: Any, batch: Any, key: Array, num_steps: Array) -> tuple[FitState, Any]:
         loss, metrics, grads, memory = gradient.apply(state.memory, state.learnables, frozen, batch, key)
-        updates, opt_state = optimiser.update(grads, state.opt_state, state.learnables)
+        updates, opt_state = optimiser.update(grads, state.opt_state, state.learnables, num_steps=num_steps)
         learnables = optax.apply_updates(state.learnables, updates)
         finite = {path: jnp.isfinite(g).all() for path, g in trees.flatten(grads).items()}
         learnables = project(learnables) if project else learnables
@@ -247,18 +258,18 @@ def _step(
 
 
 def _many(step: Callable[..., tuple[FitState, Any]], chunk: int) -> Callable[..., tuple[FitState, Any]]:
-    """Up to `chunk` steps as one program: ``(state, frozen, batches [chunk, ...], key, first, count)``."""
+    """Up to `chunk` steps as one program: ``(state, frozen, batches [chunk, ...], key, num_steps, first, count)``."""
 
     def many(
-        state: FitState, frozen: Any, batches: Any, key: Array, first: Array, count: Array
+        state: FitState, frozen: Any, batches: Any, key: Array, num_steps: Array, first: Array, count: Array
     ) -> tuple[FitState, Any]:
         def one(i, carry):
             state, recorded = carry
             batch = jax.tree.map(lambda x: x[i], batches)
-            state, metrics = step(state, frozen, batch, jax.random.fold_in(key, first + i))
+            state, metrics = step(state, frozen, batch, jax.random.fold_in(key, first + i), num_steps)
             return state, jax.tree.map(lambda all_, x: all_.at[i].set(x), recorded, metrics)
 
-        shapes = jax.eval_shape(step, state, frozen, jax.tree.map(lambda x: x[0], batches), key)[1]
+        shapes = jax.eval_shape(step, state, frozen, jax.tree.map(lambda x: x[0], batches), key, num_steps)[1]
         recorded = jax.tree.map(lambda x: jnp.zeros((chunk, *x.shape), x.dtype), shapes)
         # `count` is dynamic: one program a shape of batch, however many steps of a chunk are asked for.
         return jax.lax.fori_loop(0, count, one, (state, recorded))

@@ -6,9 +6,9 @@ cross-entropy at the merged weights chooses the vertex that it points away from 
     k* = argmin_k sum_l cos(g_l, s_{k,l})        (l: tensors; the classical oracle has inner products for cosines)
 
 *Hard*: one vertex for the mean loss of all tasks, ``theta <- theta + eta_i (s_k* - theta)``, ``eta_i = scale step_size
-2 / (i + 2)``; or a TIES merge in its place, see `fw_ties`. *Soft*: for every task the vertex that its own loss asks
-for, no vertex twice in a round; then AdaMerging over the chosen ones from the current weights, ``theta <- theta + sum_j
-lam_{l,j} (s_j - theta)``.
+2 / (i + 2)``; or a TIES merge in its place, after DARE or not, see `fw_ties`. *Soft*: for every task the vertex that
+its own loss asks for, no vertex twice in a round; then AdaMerging over the chosen ones from the current weights,
+``theta <- theta + sum_j lam_{l,j} (s_j - theta)``.
 
 But for TIES, what is merged is always ``theta0 + sum_k c_{l,k} tau_k``: the result has a table of coefficients over
 the pool.
@@ -35,7 +35,7 @@ from taskvec.transforms.base import check_choice
 from taskvec.tree import Tree
 
 Array = jax.Array
-MERGES = ("task_arithmetic", "ties")
+MERGES = ("task_arithmetic", "ties", "dare_ties")
 
 
 def _check(problem: Problem, rows: Rows, granularity: str, point: str, measure: str, loop: Loop) -> None:
@@ -49,7 +49,7 @@ def _check(problem: Problem, rows: Rows, granularity: str, point: str, measure: 
     check_choice("point", point, POINTS)
     check_choice("measure", measure, MEASURES)
     why = "it goes round by round"
-    loop.refuse("Frank-Wolfe merging", checkpoint=why, evaluate=why, pieces=why)
+    loop.refuse("Frank-Wolfe merging", evaluate=why, pieces=why)
 
 
 _CARD = {
@@ -67,9 +67,10 @@ _CARD = {
         data="few labelled",
         released_code=(
             "these defaults are FusionBench's for ViT. For RoBERTa: granularity='tensor', step_size=1, scale=.29, "
-            "start=.29, or TIES (merge='ties', scale=.9, start=.9); it takes a step towards tensors of zeros where no "
-            "vertex is good, here towards the pretrained ones and with point='vectors' alone. A tensor whose gradient "
-            "is 0 gives it NaN, here 0"
+            "start=.29, or TIES (merge='ties', scale=.9, start=.9), also after DARE (merge='dare_ties'), which there "
+            "spares tensors of one axis, and whose steps all have the length .9; it takes a step towards tensors of "
+            "zeros where no vertex is good, here towards the pretrained ones and with point='vectors' alone. A tensor "
+            "whose gradient is 0 gives it NaN, here 0"
         ),
     ),
 )
@@ -99,8 +100,8 @@ def fw_hard(
       problem: what is merged: T task vectors are the pool, heads are of the S tasks that the rows belong to.
       rows: labelled, of S tasks.
       rounds: number of steps.
-      merge: how weights begin, and go to a vertex: ``task_arithmetic`` or ``ties``, see `fw_ties`.
-      density: fraction of the entries that TIES keeps.
+      merge: how weights begin, and go to a vertex: ``task_arithmetic``, ``ties`` or ``dare_ties``, see `fw_ties`.
+      density: fraction of the entries that TIES keeps, and DARE before it.
       scale, step_size: ``eta_i = scale * step_size * 2 / (i + 2)``.
       start: coefficient of every task vector at the start, or of their TIES merge; 0 is the pretrained model.
       granularity: one vertex for the ``model``, or one for each ``tensor``; then, with ``point="vectors"``, a tensor
@@ -108,7 +109,7 @@ def fw_hard(
       point, measure: see `aligned`. The classical oracle is ``inner``, for which both points say the same.
       shots: rows of a task, drawn anew in every round.
       batch_size: rows at once; no result depends on it but by rounding.
-      seed: of the rows drawn.
+      seed: of the rows drawn, and of DARE.
       loop: of `on_start` and `on_chunk`, called after every round.
 
     Returns:
@@ -120,13 +121,14 @@ def fw_hard(
     """
     _check(problem, rows, granularity, point, measure, loop)
     check_choice("merge", merge, MERGES)
-    loop.refuse("fw_hard", place="its batches are not placed")
+    loop.refuse("fw_hard", checkpoint="it has no steps to go on from", place="its batches are not placed")
     at, num_tasks = functools.partial(proxy, problem, rows, shots, batch_size, seed), problem.num_tasks
     groups = trees.groups(problem.theta0, "tensor")
     table = np.full((len(groups.names), num_tasks), start)
     vertices = np.concatenate([np.eye(num_tasks), table[:1], np.zeros((1, num_tasks))])
     merged = _merger(problem, groups)
-    params = begin = merged(table) if merge == "task_arithmetic" else fw_ties.first(problem, start, density)
+    key = lambda i: jax.random.fold_in(jax.random.key(seed), i) if merge == "dare_ties" else None
+    params = begin = merged(table) if merge == "task_arithmetic" else fw_ties.first(problem, start, density, key(0))
     first = jax.tree.map(lambda a, b: a - b, params, problem.theta0)
     history: dict[str, list] = {"loss": [], "chosen": []}
     if loop.on_start is not None:
@@ -138,18 +140,18 @@ def fw_hard(
             found = np.concatenate([found, np.zeros_like(found[:1])])
         chosen = lowest(found, granularity)
         eta = scale * step_size * 2 / (i + 2)
-        if merge == "ties":
-            pool = merged(vertices[chosen])
-            params = fw_ties.stepped(params, pool, begin, groups.ids, chosen == num_tasks, eta, density)
-        else:
+        if merge == "task_arithmetic":
             table += eta * (vertices[chosen] - table)
             params = merged(table)
+        else:
+            args = params, merged(vertices[chosen]), begin, groups.ids, chosen == num_tasks, eta, density, key(i + 1)
+            params = fw_ties.stepped(*args)
         history["loss"].append(np.float32(loss))
         history["chosen"].append(chosen)
         if loop.on_chunk is not None:
             loop.on_chunk(i + 1, {"loss": np.array([loss], np.float32)})
     found = {name: np.array(x) for name, x in history.items()}
-    if merge == "ties":
+    if merge != "task_arithmetic":
         return Learned(params, {}, found)
     return Learned(params, {}, found, table.astype(np.float32), groups.names)
 
@@ -207,7 +209,7 @@ def fw_soft(
       per_task: rows of a task in a step.
       entropy_eps: see `objectives.entropy`.
       seed: of the rows drawn.
-      loop: see `fit.Loop`; steps count on from round to round. Not `checkpoint`, `evaluate` and `pieces`.
+      loop: see `fit.Loop`; steps count on from round to round. Not `evaluate` and `pieces`.
 
     Returns:
       `Learned` with coefficients of every tensor over the pool ``[G, T]``; ``loss`` ``[rounds * steps]``, ``proxy``
@@ -241,7 +243,8 @@ def fw_soft(
         before = i * steps
         tell = loop.on_chunk and (lambda step, metrics, before=before: loop.on_chunk(before + step, metrics))
         batches = lambda step, before=before: batch_of(before + step)
-        done = fit({"merge": {"lam": first}}, batches, steps, frozen=frozen, on_chunk=tell, place=loop.place)
+        how = {"checkpoint": loop.part(f"round{i}").checkpoint, "on_chunk": tell, "place": loop.place}
+        done = fit({"merge": {"lam": first}}, batches, steps, frozen=frozen, **how)
         lam_GxN = np.asarray(done.learnables["merge"]["lam"], np.float64)
         table *= 1 - lam_GxN.sum(1, keepdims=True)
         for j, vertex in enumerate(chosen):

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +9,10 @@ import numpy as np
 
 from taskvec import tree as trees, vectors
 from taskvec.adaptive import objectives
-from taskvec.adaptive.learn import Problem
+from taskvec.adaptive.learn import Problem, heads_of
 from taskvec.adaptive.rows import Rows
 from taskvec.training import heads as heads_lib
+from taskvec.training.heads import Heads
 from taskvec.tree import Tree
 
 Array = jax.Array
@@ -51,11 +51,11 @@ _aligned = jax.jit(aligned, static_argnames=("point", "measure"))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _add_gradient(apply_fn: Callable, total: Tree, params: Tree, batch: Tree, head: Any, weight_B: Array):
+def _add_gradient(apply_fn: Callable, total: Tree, params: Tree, batch: Tree, head: Heads, weight_B: Array):
     """Adds one batch's loss, ``sum_b weight_b CE_b``, and its gradient to (loss, gradients)."""
 
     def loss_of(params: Tree) -> Array:
-        logits_BxC = heads_lib.logits(*head, apply_fn(params, batch)["features"])
+        (logits_BxC,) = heads_lib.all_logits(head, apply_fn(params, batch)["features"][None])
         return (weight_B * objectives.cross_entropy(logits_BxC[:, None], batch["label"][:, None])).sum()
 
     loss, grads = jax.value_and_grad(loss_of, allow_int=True)(params)
@@ -85,11 +85,11 @@ def proxy(
       tasks: whose losses.
       round_: number of the round.
     """
-    heads, size = problem.heads, min(batch_size, shots)
+    size = min(batch_size, shots)
     total = (jnp.zeros(()), jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
     for task in tasks:
         numbers = np.random.default_rng([seed, round_, task]).permutation(rows.counts[task])[:shots]
-        head = (heads.kernel[task], heads.class_mask[task], jnp.float32(heads.scale))
+        head = heads_of(problem.heads, [task])
         for at in range(0, len(numbers), size):
             part = numbers[at : at + size]
             weight = np.where(np.arange(size) < len(part), 1 / (len(numbers) * len(tasks)), 0).astype(np.float32)

@@ -1,8 +1,8 @@
 """Keeping the best step instead of the last, chosen on validation rows, and ending a run early.
 
 What is kept is what a method's authors report; a result says so (`Learned.kept`). The choice sees what validation rows
-tell, so those must not be the rows that are scored. Such a run cannot be resumed: the best step so far is in no
-checkpoint.
+tell, so those must not be the rows that are scored. A run that resumes has the best step so far from a checkpoint of
+its own.
 """
 
 import math
@@ -10,24 +10,25 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from taskvec.adaptive.fit import Evaluate, Loop
-from taskvec.adaptive.learn import Learned, Problem, with_table
+from taskvec.adaptive.learn import Learned, Problem, heads_of, with_table
 from taskvec.adaptive.parametrisation import Parametrisation
 from taskvec.adaptive.rows import Rows
 from taskvec.adaptive.teachers import expert, features_of
 from taskvec.training import heads as heads_lib
 from taskvec.tree import Tree
 
+_logits = jax.jit(heads_lib.all_logits)
 
-def logits_of(problem: Problem, features_Nxd: np.ndarray, task: int) -> np.ndarray:
-    """Logits of one task's own classes: ``[N, d] -> [N, C_t]``."""
-    heads = problem.heads
-    mask_C = np.asarray(heads.class_mask[task])
-    logits = heads_lib.logits(heads.kernel[task], heads.class_mask[task], heads.scale, jnp.asarray(features_Nxd))
-    return np.asarray(logits)[:, mask_C]
+
+def logits_of(problem: Problem, features_Nxd: np.ndarray, task: int, batch_size: int = 256) -> np.ndarray:
+    """Logits of one task's own classes: ``[N, d] -> [N, C_t]``; one compiled program for all tasks."""
+    head, count = heads_of(problem.heads, [task]), len(features_Nxd)
+    features_Nxd = np.pad(features_Nxd, ((0, -count % batch_size), (0, 0)))
+    parts = [_logits(head, features_Nxd[None, at : at + batch_size])[0] for at in range(0, count, batch_size)]
+    return np.concatenate(parts)[:count, np.asarray(head.class_mask[0])]
 
 
 def accuracy(problem: Problem, params: Tree, rows: Rows, batch_size: int = 64) -> np.ndarray:
@@ -69,6 +70,7 @@ def keep_best(
     loop: Loop,
     start: float = -math.inf,
     stop: Callable[[np.ndarray], bool] | None = None,
+    merge: Callable[..., Tree] | None = None,
 ) -> tuple[Loop, Callable[[Learned], Learned]]:
     """A loop that watches the accuracies on validation rows, and what picks the best result after it.
 
@@ -81,23 +83,28 @@ def keep_best(
       loop: the caller's; its own evaluation goes on.
       start: worth of what the run starts from, which is kept if no step is better.
       stop: ``accuracies [S] -> whether to end the run``.
+      merge: the parametrisation's, where it is compiled already.
 
     Returns:
       ``(loop, pick)``; evaluations are dicts of ``accuracy`` ``[S]`` and ``evaluation``, what the caller's own gave.
-
-    Raises:
-      ValueError: the loop has a checkpoint.
     """
-    loop.refuse("a run that keeps its best step (keep='best')", checkpoint="it cannot resume")
-    best = {"worth": start, "learnables": parametrisation.init(), "kept": 0}
+    # Worth in float32, as it is saved: a run that resumes shall choose as one that did not.
+    best = {"worth": np.float32(start), "learnables": parametrisation.init(), "kept": np.int32(0)}
+    best = jax.tree.map(np.asarray, best)
+    checkpoint = loop.part("best").checkpoint
+    if saved := checkpoint and checkpoint.restore(best):
+        best = jax.tree.map(np.asarray, saved[1])
     theirs = loop.evaluate
 
     def call(step: int, now: Learned) -> dict[str, Any]:
         out = {}
         if step % every == 0 or step == steps:
             out["accuracy"] = accuracy(problem, now.params, rows)
-            if worth(out["accuracy"]) > best["worth"]:
-                best.update(worth=worth(out["accuracy"]), learnables=now.learnables, kept=step)
+            found = np.asarray(worth(out["accuracy"]), np.float32)
+            if found > best["worth"]:
+                best.update(worth=found, learnables=now.learnables, kept=np.asarray(step, np.int32))
+                if checkpoint is not None:
+                    checkpoint.save(step, best)
         if theirs is not None and (step % theirs.every == 0 or step == steps):
             out["evaluation"] = theirs.call(step, now)
         return out
@@ -107,8 +114,9 @@ def keep_best(
         return mine or ("evaluation" in out and theirs.stop is not None and theirs.stop(out["evaluation"]))
 
     def pick(found: Learned) -> Learned:
-        params = jax.jit(parametrisation.merge)(problem.theta0, problem.tau, best["learnables"])
-        found = found._replace(params=params, learnables=best["learnables"], kept=best["kept"])
+        compiled = merge or jax.jit(parametrisation.merge)
+        params = compiled(problem.theta0, problem.tau, best["learnables"])
+        found = found._replace(params=params, learnables=best["learnables"], kept=int(best["kept"]))
         return with_table(found, parametrisation)
 
     both = every if theirs is None else math.gcd(every, theirs.every)

@@ -4,7 +4,7 @@ The rows of all tasks pass the encoder as one batch, on weights that are merged 
 tasks' own. A published method is a short file that chooses the parts and calls `learn`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,64 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from taskvec import vectors
 from taskvec.adaptive.fit import Gradient, Loop, LossFn, make_fit, plain_gradient
 from taskvec.adaptive.merged import merged_apply
-from taskvec.adaptive.parametrisation import LowRank, Parametrisation
-from taskvec.adaptive.rows import Batch, Rows, split_tasks
+from taskvec.adaptive.parametrisation import Parametrisation
+from taskvec.adaptive.pieces import in_pieces
+from taskvec.adaptive.problem import Kind, Problem, heads_of
+from taskvec.adaptive.rows import Batch, split_tasks
 from taskvec.training.heads import Heads, all_logits
 from taskvec.tree import Tree
 
 Array = jax.Array
-
-
-class Problem(NamedTuple):
-    """What is merged.
-
-    Attributes:
-      apply_fn: ``(params, batch, **options) -> {"features": [rows, d], ...}``; batches may hold more than its inputs.
-      theta0: pretrained parameters.
-      tau: task vectors, ``[T, ...]``, of stacked leaves ``[L, T, ...]``; of any float dtype, also
-        `parametrisation.LowRank`.
-      heads: frozen heads of S tasks: the same T, unless a method says otherwise.
-      scanned: whether `apply_fn` merges layer by layer (see `merged.merged_apply`).
-      linear: whether the model is linearised at `theta0`; the merged model is then to be used so as well.
-    """
-
-    apply_fn: Callable[..., dict[str, Array]]
-    theta0: Tree
-    tau: Tree
-    heads: Heads
-    scanned: bool
-    linear: bool = False
-
-    @property
-    def num_tasks(self) -> int:
-        return vectors.num_tasks(self.tau)
-
-    def check(self, rows: Rows | None = None) -> None:
-        """Raises `ValueError` unless every task vector has its head and, if they are given, its rows."""
-        if self.heads.kernel.shape[0] != self.num_tasks:
-            raise ValueError(f"{self.num_tasks} task vectors but heads of {self.heads.kernel.shape[0]} tasks")
-        if rows is not None and len(rows.counts) != self.num_tasks:
-            raise ValueError(f"{self.num_tasks} task vectors but rows of {len(rows.counts)} tasks")
-
-    def check_dense(self, name: str) -> None:
-        """Raises `ValueError` for `LowRank` task vectors, which method `name` cannot look into."""
-        leaves = jax.tree.leaves(self.tau, is_leaf=lambda x: isinstance(x, LowRank))
-        if any(isinstance(x, LowRank) for x in leaves):
-            raise ValueError(f"{name} needs dense task vectors: multiply the low-rank ones out")
-
-    def check_not_linear(self, name: str) -> None:
-        """Raises `ValueError` if the model is linearised, which method `name` does not allow for."""
-        if self.linear:
-            raise ValueError(f"{name} runs the model itself: it does not take a linearised one (Problem.linear)")
-
-
-def heads_of(heads: Heads, tasks: Sequence[int]) -> Heads:
-    """The heads of some tasks, in that order."""
-    own = jnp.array(tasks)
-    return heads._replace(kernel=heads.kernel[own], class_mask=heads.class_mask[own])
 
 
 class Outputs(NamedTuple):
@@ -98,8 +50,8 @@ class Learned(NamedTuple):
       params: the merged model, of the last step.
       learnables: those of the last step.
       history: ``loss`` ``[steps]`` and ``objective`` ``[steps, S]``, before each step's update.
-      coefficients: ``[G, T]`` float32 that multiply task vectors, where that is what was learned; ``None`` with
-        partitions (``learnables["lam"]`` ``[G, T, K]``).
+      coefficients: ``[G, T]`` float32 that multiply task vectors, where that is what was learned; ``[G, T, K]`` with
+        partitions.
       groups: G names, in order of the rows.
       heads: where heads were trained, all S of them.
       evaluations: see `fit.FitResult`.
@@ -130,7 +82,7 @@ def with_table(found: Learned, parametrisation: Parametrisation) -> Learned:
 
 
 def make_loss(
-    problem: Problem,
+    problem: Problem | Kind,
     parametrisation: Parametrisation,
     objective: Objective,
     *,
@@ -141,7 +93,7 @@ def make_loss(
 
     Args:
       problem: only its functions are used; weights and heads come as arguments.
-      parametrisation: of ``learnables["merge"]``; ``learnables["heads"]`` ``[S, d, C]`` stand for the frozen kernels.
+      parametrisation: of ``learnables["merge"]``; ``learnables["heads"]`` stand for the frozen ones, see `trainable`.
       objective: one number a task.
       penalty: of ``learnables["merge"]``, added to the loss.
       **options: of the model (``remat``, ``dtype``).
@@ -159,63 +111,27 @@ def make_loss(
     return loss_fn
 
 
-def in_pieces(gradient: Gradient, pieces: int, num_tasks: int) -> Gradient:
-    """The mean of the gradients of `pieces` parts of a batch, taken one after the other.
-
-    Args:
-      gradient: of batches of any number of rows a task.
-      pieces: n, which divides every task's rows.
-      num_tasks: S, of batches without ``tasks``.
-
-    Raises:
-      ValueError: rows do not divide, or arrays of the batch differ in their number of rows (packed texts).
-    """
-
-    def cut(batch: Batch) -> tuple[Batch, Batch]:
-        of_rows = {name: x for name, x in batch.items() if name != "tasks"}
-        sizes = {x.shape[0] for x in jax.tree.leaves(of_rows)}
-        tasks = len(batch["tasks"]) if "tasks" in batch else num_tasks
-        if len(sizes) != 1 or min(sizes) % (tasks * pieces):
-            raise ValueError(f"arrays of {sorted(sizes)} rows of {tasks} tasks cannot be cut into {pieces} pieces")
-        split = lambda x: jnp.moveaxis(x.reshape(tasks, pieces, -1, *x.shape[1:]), 1, 0)
-        parts = jax.tree.map(lambda x: split(x).reshape(pieces, -1, *x.shape[1:]), of_rows)
-        return parts, {name: x for name, x in batch.items() if name == "tasks"}
-
-    def apply(state: Tree, learnables: Tree, frozen: Any, batch: Batch, key: Array) -> tuple:
-        parts, whole = cut(batch)
-        one = lambda state, part: gradient.apply(state, learnables, frozen, {**part, **whole}, key)
-
-        def step(carry, part):
-            state, total = carry
-            *found, state = one(state, part)
-            return (state, jax.tree.map(lambda a, b: a + b / pieces, total, tuple(found))), None
-
-        shapes = jax.eval_shape(one, state, jax.tree.map(lambda x: x[0], parts))[:-1]
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        (state, (loss, metrics, grads)), _ = jax.lax.scan(step, (state, zeros), parts)
-        return loss, metrics, grads, state
-
-    return Gradient(gradient.init, apply)
+def trainable(heads: Heads) -> dict[str, Array]:
+    """What is learned of heads: ``kernel`` ``[S, d, C]`` and, where there is one, ``bias`` ``[S, C]``."""
+    return {name: x for name, x in (("kernel", heads.kernel), ("bias", heads.bias)) if x is not None}
 
 
-def outputs_of(heads: Heads, kernels: Array | None, features: Array, batch: Batch) -> Outputs:
+def outputs_of(heads: Heads, trained: dict[str, Array] | None, features: Array, batch: Batch) -> Outputs:
     """Logits by task; a batch with ``tasks`` ``[S]`` holds rows of those tasks only.
 
     Args:
       heads: frozen, those of the targets as well.
-      kernels: trained ones in their place, or ``None``.
+      trained: what is learned in place of their `trainable` arrays, or ``None``.
       features: ``[S * B, d]``.
       batch: with ``label``, ``target_*`` and ``tasks`` where there are any.
     """
+    mine = heads._replace(**(trained or {}))
     if "tasks" in batch:
-        own = lambda x: x[batch["tasks"]]
-        heads = heads._replace(kernel=own(heads.kernel), class_mask=own(heads.class_mask))
-        kernels = None if kernels is None else own(kernels)
+        heads, mine = (heads_of(each, batch["tasks"]) for each in (heads, mine))
     num_tasks = heads.kernel.shape[0]
     known = {name: x for name, x in batch.items() if name == "label" or name.startswith("target_")}
     known = {name: split_tasks(x, num_tasks) for name, x in known.items()}
     features = split_tasks(features, num_tasks)
-    mine = heads if kernels is None else heads._replace(kernel=kernels)
     target = all_logits(heads, known["target_features"]) if "target_features" in known else None
     return Outputs(all_logits(mine, features), features, known, target)
 
@@ -244,9 +160,9 @@ def learn(
       parametrisation: how learnables make weights.
       objective: see `Outputs`.
       batches: ``step -> batch``, of `taskvec.adaptive.rows`.
-      optimiser: of optax, over ``{"merge": learnables}`` and, if they are trained, ``{"heads": [S, d, C]}``.
+      optimiser: of optax, over ``{"merge": learnables}`` and, if they are trained, ``{"heads": `trainable`}``.
       steps: number of batches.
-      train_heads: whether the kernels of the heads are learned too, from the frozen ones on.
+      train_heads: whether the heads are learned too (their `trainable` arrays), from the frozen ones on.
       penalty: of the parametrisation's learnables.
       final: how learnables make the resulting model, if not by `parametrisation` (a mask's mean in place of a draw).
       gradient: how the loss is differentiated.
@@ -260,29 +176,80 @@ def learn(
         a `gradient` that is not the plain one.
       FitDiverged: see `fit.fit`.
     """
+    learner = make_learner(
+        problem.kind, parametrisation, objective, optimiser, train_heads=train_heads, penalty=penalty, final=final,
+        gradient=gradient, accumulate=accumulate, loop=loop, **options,
+    )  # fmt: skip
+    return learner.run(problem, batches, steps, seed=seed, loop=loop)
+
+
+class Learner(NamedTuple):
+    """`learn` in compiled parts, for several problems of one kind.
+
+    Attributes:
+      parametrisation: how learnables make weights.
+      merge: ``(theta0, tau, learnables, key) -> params``.
+      run: ``(problem, batches, steps, *, seed=0, loop=Loop()) -> Learned``, see `learn`.
+    """
+
+    parametrisation: Parametrisation
+    merge: Callable[..., Tree]
+    run: Callable[..., Learned]
+
+
+def make_learner(
+    kind: Kind,
+    parametrisation: Parametrisation,
+    objective: Objective,
+    optimiser: optax.GradientTransformation,
+    *,
+    train_heads: bool = False,
+    penalty: Callable[[Tree], Array] | None = None,
+    final: Parametrisation | None = None,
+    gradient: Callable[[LossFn], Gradient] = plain_gradient,
+    accumulate: int = 1,
+    loop: Loop = Loop(),
+    **options: Any,
+) -> Learner:
+    """Everything of `learn` that is compiled: make it once, run it for task after task.
+
+    Heads, rows, steps and task vectors are arguments of its programs, which are compiled again for other shapes alone:
+    heads of one width (`training.heads.make_heads`) share them whatever their classes.
+
+    Args:
+      kind: of the problems, ``problem.kind``. Nothing here holds their arrays.
+      loop: only `chunk` and `pieces` are used.
+      parametrisation, objective, optimiser, train_heads, penalty, final, gradient, accumulate, **options: see `learn`.
+    """
     if gradient is not plain_gradient:
         loop.refuse("a method with a gradient of its own", pieces="it takes a batch as a whole")
-    loss_fn = make_loss(problem, parametrisation, objective, penalty=penalty, **options)
+    loss_fn = make_loss(kind, parametrisation, objective, penalty=penalty, **options)
     project = lambda learnables: learnables | {"merge": parametrisation.project(learnables["merge"])}
     gradient_ = gradient(loss_fn)
     if loop.pieces > 1:
-        gradient_ = in_pieces(gradient_, loop.pieces, problem.heads.kernel.shape[0])
-    run = make_fit(gradient_, optimiser, chunk=loop.chunk, project=project, accumulate=accumulate)
-    heads = problem.heads._replace(scale=jnp.float32(problem.heads.scale))
-    frozen = problem.theta0, problem.tau, heads
+        gradient_ = in_pieces(gradient_, loop.pieces)
+    fit = make_fit(gradient_, optimiser, chunk=loop.chunk, project=project, accumulate=accumulate)
     merge = jax.jit((final or parametrisation).merge)
 
-    def result(learnables: Tree, history: dict[str, np.ndarray]) -> Learned:
-        params = merge(*frozen[:2], learnables["merge"], jax.random.key(seed))
-        # A copy, since the next step is given the state's arrays to overwrite.
-        trained = heads._replace(kernel=jnp.array(learnables["heads"])) if train_heads else None
-        found = Learned(params, jax.tree.map(np.asarray, learnables["merge"]), history, heads=trained)
-        return with_table(found, parametrisation)
+    def run(
+        problem: Problem, batches: Callable[[int], Batch], steps: int, *, seed: int = 0, loop: Loop = Loop()
+    ) -> Learned:
+        heads = problem.heads._replace(scale=jnp.float32(problem.heads.scale))
+        frozen = problem.theta0, problem.tau, heads
 
-    watch = loop.watch()
-    if loop.evaluate is not None:
-        call = loop.evaluate.call
-        watch["evaluate"] = loop.evaluate._replace(call=lambda step, now: call(step, result(now, {})))
-    start = {"merge": parametrisation.init()} | ({"heads": heads.kernel} if train_heads else {})
-    done = run(start, batches, steps, frozen=frozen, seed=seed, **watch)
-    return result(done.learnables, done.history)._replace(evaluations=done.evaluations)
+        def result(learnables: Tree, history: dict[str, np.ndarray]) -> Learned:
+            params = merge(*frozen[:2], learnables["merge"], jax.random.key(seed))
+            # A copy, since the next step is given the state's arrays to overwrite.
+            trained = heads._replace(**jax.tree.map(jnp.array, learnables["heads"])) if train_heads else None
+            found = Learned(params, jax.tree.map(np.asarray, learnables["merge"]), history, heads=trained)
+            return with_table(found, parametrisation)
+
+        watch = loop.watch()
+        if loop.evaluate is not None:
+            call = loop.evaluate.call
+            watch["evaluate"] = loop.evaluate._replace(call=lambda step, now: call(step, result(now, {})))
+        start = {"merge": parametrisation.init()} | ({"heads": trainable(heads)} if train_heads else {})
+        done = fit(start, batches, steps, frozen=frozen, seed=seed, **watch)
+        return result(done.learnables, done.history)._replace(evaluations=done.evaluations)
+
+    return Learner(parametrisation, merge, run)

@@ -7,6 +7,7 @@ Factors are summed, not their products. The paper searches with Shiwa of the nev
 ours is the CMA-ES of `taskvec.merging.evolution`, a generation at a time, within the same box and budget.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from taskvec import tree as trees
 from taskvec.adaptive import atlas_parts as parts
 from taskvec.adaptive.coefficients import coefficients
 from taskvec.adaptive.fit import Gradient, Loop, LossFn
-from taskvec.adaptive.learn import Learned, Problem, learn
+from taskvec.adaptive.learn import Kind, Learned, Learner, Problem, make_learner
 from taskvec.adaptive.parametrisation import LowRank, Parametrisation, weighted_sum
 from taskvec.adaptive.registry import adaptive_method
 from taskvec.adaptive.rows import Rows
@@ -127,6 +128,7 @@ def lorahub(
 
     The result is the best point that was tried, zero weights (the pretrained model) among them. A step of `loop` is a
     generation; ``history["loss"]`` is the least loss yet, ``history["objective"]`` that of the generation's best.
+    Tasks with as many rows share their compiled programs.
 
     Args:
       problem: T task vectors, published 20 drawn at random from some 200 LoRA modules of rank 16; one head.
@@ -151,18 +153,24 @@ def lorahub(
     if generations < 1:
         least = evolution.population(problem.num_tasks)
         raise ValueError(f"budget={budget}: a generation of {problem.num_tasks} modules takes {least} evaluations")
-    groups = trees.groups(problem.theta0, "task")
-    parametrisation = coefficients(groups, problem.num_tasks, 0.0, "identity")
+    at_once = side_by_side(problem.theta0) if at_once is None else at_once
+    learner = _learner_of(problem.kind, bound, regularise, factors, sigma, at_once, loop.chunk)
     batch = rows.batch([np.arange(rows.counts[0])])
-    return learn(
-        problem,
+    return learner.run(problem, lambda step: batch, generations, seed=seed, loop=loop)
+
+
+@functools.lru_cache(1)
+def _learner_of(
+    kind: Kind, bound: float, regularise: float, factors: bool, sigma: float, at_once: int, chunk: int | None
+) -> Learner:
+    """The last one made is kept for the next task."""
+    parametrisation = coefficients(trees.groups(kind.theta0, "task"), kind.num_tasks, 0.0, "identity")
+    return make_learner(
+        kind,
         composed(parametrisation) if factors else parametrisation,
         parts.cross_entropies,
-        lambda step: batch,
         optax.sgd(1.0),
-        generations,
         penalty=lambda learnables: regularise * jnp.abs(learnables["lam"]).mean(),
-        gradient=by_evolution(bound, sigma, side_by_side(problem.theta0) if at_once is None else at_once),
-        seed=seed,
-        loop=loop,
+        gradient=by_evolution(bound, sigma, at_once),
+        loop=Loop(chunk=chunk),
     )

@@ -31,6 +31,26 @@ def by_task(optimiser: optax.GradientTransformation) -> optax.GradientTransforma
     return optax.GradientTransformation(jax.vmap(optimiser.init), update)
 
 
+def cosine(learning_rate: float) -> optax.GradientTransformationExtraArgs:
+    """Updates times a rate that falls to 0: ``learning_rate (1 + cos(pi i / n)) / 2`` in step i of a run of n.
+
+    As `optax.cosine_decay_schedule`, but n is an argument of the compiled step (`fit.make_fit`), so that runs of
+    different lengths share it.
+    """
+
+    def init(params: Tree) -> optax.ScaleByScheduleState:
+        return optax.ScaleByScheduleState(jnp.zeros([], jnp.int32))
+
+    def update(updates: Tree, state: optax.ScaleByScheduleState, params: Tree = None, *, num_steps: Array, **_):
+        # In this order bits are those of optax's, where XLA folds the constants.
+        angle = jnp.minimum(state.count, num_steps) * (jnp.pi * (1 / jnp.maximum(num_steps, 1)))
+        rate = learning_rate * (0.5 * (1 + jnp.cos(angle)))
+        state = optax.ScaleByScheduleState(optax.safe_increment(state.count))
+        return jax.tree.map(lambda u: rate.astype(u.dtype) * u, updates), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
 def sharpness_aware(rho: float, adaptive: bool = False) -> Callable[[LossFn], Gradient]:
     """The gradient at the worst point nearby, ``grad L(x + rho g / |g|)`` with ``g = grad L(x)`` (SAM, 2010.01412).
 

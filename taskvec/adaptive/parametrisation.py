@@ -32,8 +32,8 @@ class Parametrisation(NamedTuple):
       combine: ``(theta0 [...], tau, factor) -> [...]`` for one per-layer tensor; tau is ``[T, ...]`` or `LowRank`.
       project: ``learnables -> learnables``, applied after every optimiser step (the identity unless the method has
         a feasible set).
-      table: ``learnables -> (names of G groups, [G, T])``, the coefficients that multiply task vectors; ``None`` where
-        that is not what is learned.
+      table: ``learnables -> (names of G groups, [G, T])``, the coefficients that multiply task vectors, ``[G, T, K]``
+        with partitions; ``None`` where that is not what is learned.
     """
 
     init: Callable[[], Tree]

@@ -173,7 +173,8 @@ def prodistill(
       batch_size: rows of all tasks in a step.
       learning_rate: of Adam.
       seed: of the rows drawn and their order.
-      loop: see `fit.Loop`; steps count on from block to block. Not `checkpoint`, `evaluate` and `pieces`.
+      loop: see `fit.Loop`; steps count on from block to block. A checkpoint is taken after every block. Not `evaluate`
+        and `pieces`.
 
     Returns:
       `Learned` with the loss of every step ``[L * steps]``; with ``mode`` tensor or task, coefficients of all tensors
@@ -186,8 +187,7 @@ def prodistill(
     """
     if not problem.scanned:
         raise ValueError("prodistill runs single blocks: it needs a model with scanned=True")
-    why = "it fits block after block"
-    loop.refuse("prodistill", checkpoint=why, evaluate=why, pieces="it sums over the rows of a batch")
+    loop.refuse("prodistill", evaluate="it fits block after block", pieces="it sums over the rows of a batch")
     problem.check_not_linear("prodistill")
     path, num_tasks = blocks.stack_of(problem.theta0), problem.num_tasks
     if len(rows.counts) != num_tasks:
@@ -203,6 +203,9 @@ def prodistill(
     fit = make_fit(block_loss(problem.apply_fn, path, parametrisation), optax.adam(learning_rate), chunk=loop.chunk)
     merge, layers, learned, losses = jax.jit(parametrisation.merge), [], [], []
     depth = jax.tree.leaves(theta0)[0].shape[0]
+    spread = lambda learnables: {"factors": parametrisation.spread(learnables, None)}
+    factors = (lambda learnables: {}) if mode == "element" else spread
+    like = jax.eval_shape(lambda: factors(parametrisation.init()))
     if loop.on_start is not None:
         loop.on_start(depth * steps)
     for number in range(depth):
@@ -212,20 +215,23 @@ def prodistill(
         targets = [push(*each) for each in zip(experts, streams.parts, streams.own, strict=True)]
         frozen = {"theta0": block, "tau": own, "outside": streams.outside, "inputs": inputs}
         frozen |= {"x": jnp.concatenate(streams.merged), "y": jnp.concatenate(targets)}
-        done = fit(
-            parametrisation.init(),
-            epochs_of(sum(counts), batch_size, seed, number),
-            steps,
-            frozen=frozen,
-            on_chunk=_counted_on(loop.on_chunk, number * steps),
-            place=loop.place,
-        )
-        merged = merge(block, own, done.learnables)
-        followed = [push(merged, *each) for each in zip(streams.parts, streams.merged, strict=True)]
+        order, tell = epochs_of(sum(counts), batch_size, seed, number), _counted_on(loop.on_chunk, number * steps)
+        # The block is kept, not its coefficients: those of entries are as large as the task vectors.
+        kept = loop.part(f"block{number}").checkpoint
+        saved = kept and kept.restore({"merged": block, "loss": np.zeros(steps, np.float32)} | like)
+        if saved:
+            found = saved[1]
+        else:
+            done = fit(parametrisation.init(), order, steps, frozen=frozen, on_chunk=tell, place=loop.place)
+            loss = done.history.get("loss", np.zeros(0, np.float32))
+            found = {"merged": merge(block, own, done.learnables), "loss": loss} | factors(done.learnables)
+            if kept is not None:
+                kept.save(steps, found)
+        followed = [push(found["merged"], *each) for each in zip(streams.parts, streams.merged, strict=True)]
         streams = streams._replace(merged=followed, own=targets)
-        layers.append(jax.tree.map(np.asarray, merged))
-        losses.append(done.history.get("loss", np.zeros(0, np.float32)))
-        learned.append(None if mode == "element" else jax.device_get(parametrisation.spread(done.learnables, None)))
+        layers.append(jax.tree.map(np.asarray, found["merged"]))
+        losses.append(np.asarray(found["loss"]))
+        learned.append(jax.device_get(found.get("factors")))
     params = blocks.replaced(streams.outside, path, jax.tree.map(lambda *x: jnp.stack(x), *layers))
     table = (None, ()) if mode == "element" else _table(problem, path, learned, outside)
     return Learned(params, {}, {"loss": np.concatenate(losses)}, *table)

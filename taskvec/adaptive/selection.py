@@ -8,7 +8,8 @@ vectors are chosen. The paper's definition is confirmed by an early state of
 the authors' code for the gradient, which sums gradients over the batches; that of the feature-based score is ours.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -18,7 +19,7 @@ import numpy as np
 from taskvec import tree as trees
 from taskvec.adaptive import objectives, rows as rows_lib
 from taskvec.adaptive.coefficients import coefficients
-from taskvec.adaptive.learn import Problem, make_loss
+from taskvec.adaptive.learn import Kind, Problem, make_loss
 from taskvec.adaptive.rows import Rows
 from taskvec.adaptive.teachers import features_of
 from taskvec.tree import Tree
@@ -46,15 +47,7 @@ def gradient_scores(problem: Problem, rows: Rows, batch_size: int = 64) -> np.nd
       rows: labelled rows of the target (or of several tasks, whose cross-entropies are summed).
       batch_size: rows at once. Every row counts alike.
     """
-    groups = trees.groups(problem.theta0, "tensor")
-    parametrisation = coefficients(groups, problem.num_tasks, 0.0, "identity")
-
-    def objective(outputs):
-        weight = outputs.batch["target_weight"]
-        losses = objectives.cross_entropy(outputs.logits[..., None, :], outputs.batch["label"][..., None])
-        return (weight * losses).sum(-1)
-
-    gradient = jax.jit(jax.grad(make_loss(problem, parametrisation, objective), has_aux=True))
+    gradient, start = _gradient(problem.kind)
     heads = problem.heads._replace(scale=jnp.float32(problem.heads.scale))
     frozen, total = (problem.theta0, problem.tau, heads), 0.0
     for task, count in enumerate(rows.counts):
@@ -63,9 +56,23 @@ def gradient_scores(problem: Problem, rows: Rows, batch_size: int = 64) -> np.nd
             numbers = np.concatenate([real, np.full(batch_size - len(real), at)])
             batch = rows._replace(targets=None).batch([numbers], [task])
             weight = (np.arange(batch_size) < len(real)).astype(np.float32) / count
-            grads, _ = gradient({"merge": parametrisation.init()}, frozen, batch | {"target_weight": weight}, None)
+            grads, _ = gradient(start, frozen, batch | {"target_weight": weight}, None)
             total = total + np.asarray(grads["merge"]["lam"], np.float64)
     return np.abs(total)
+
+
+@functools.lru_cache(1)
+def _gradient(kind: Kind) -> tuple[Callable, Tree]:
+    """The gradient of the loss by coefficients of all tensors, and where they are 0; kept for the next target."""
+    parametrisation = coefficients(trees.groups(kind.theta0, "tensor"), kind.num_tasks, 0.0, "identity")
+
+    def objective(outputs):
+        weight = outputs.batch["target_weight"]
+        losses = objectives.cross_entropy(outputs.logits[..., None, :], outputs.batch["label"][..., None])
+        return (weight * losses).sum(-1)
+
+    gradient = jax.jit(jax.grad(make_loss(kind, parametrisation, objective), has_aux=True))
+    return gradient, {"merge": parametrisation.init()}
 
 
 def feature_scores(target: np.ndarray, pool: Sequence[np.ndarray]) -> np.ndarray:
@@ -92,15 +99,17 @@ def best(scores: np.ndarray, budget: int) -> np.ndarray:
 
 def take(theta0: Tree, tau: Tree, numbers_Gxb: np.ndarray) -> Tree:
     """Task vectors in which every tensor is of a task of its own choice; low-rank ones stay so."""
-    ids = trees.groups(theta0, "tensor").ids
-    numbers = jnp.asarray(numbers_Gxb)
+    return _taken(trees.groups(theta0, "tensor").ids, tau, jnp.asarray(numbers_Gxb))
 
+
+@jax.jit
+def _taken(ids: Tree, tau: Tree, numbers: jax.Array) -> Tree:
     def leaf(path, own, vectors_):
         pick = lambda id_, x: jnp.take(x, numbers[id_], axis=0)
         pick = jax.vmap(pick) if trees.is_stacked(path) else pick
         return jax.tree.map(lambda x: pick(own, x), vectors_)
 
-    return jax.jit(lambda tau: trees.map_with_path(leaf, ids, tau))(tau)
+    return trees.map_with_path(leaf, ids, tau)
 
 
 def spread_out(coef_Gxb: np.ndarray, numbers_Gxb: np.ndarray, num_tasks: int) -> np.ndarray:

@@ -18,7 +18,7 @@ from taskvec import tree as trees
 from taskvec.adaptive import atlas_parts as parts, objectives
 from taskvec.adaptive.coefficients import coefficients
 from taskvec.adaptive.fit import Loop
-from taskvec.adaptive.learn import Learned, Problem
+from taskvec.adaptive.learn import Learned, Problem, heads_of
 from taskvec.adaptive.registry import adaptive_method
 from taskvec.adaptive.rows import Rows
 from taskvec.adaptive.teachers import expert, features_of
@@ -31,19 +31,19 @@ def sensitivities(problem: Problem, rows: Rows, groups: Groups) -> np.ndarray:
     """``s`` of the module's docstring: ``[T, G]``, one backward pass a row."""
     ids = [np.asarray(x) for x in jax.tree.leaves(groups.ids)]
 
-    def loss(floats, others, kernel, mask, batch):
-        logits = heads_lib.logits(kernel, mask, problem.heads.scale, apply(floats, others, batch)["features"])
-        return objectives.cross_entropy(logits, batch["label"])
+    def loss(floats, others, head, batch):
+        logits = heads_lib.all_logits(head, apply(floats, others, batch)["features"][None])
+        return objectives.cross_entropy(logits[0], batch["label"])
 
     def apply(floats, others, batch):
         return problem.apply_fn(trees.unflatten({**floats, **others}), batch)
 
     @jax.jit
-    def one(params: Tree, kernel, mask, batch):
+    def one(params: Tree, head, batch):
         flat = trees.flatten(params)
         floats = {path: x for path, x in flat.items() if trees.is_float(x)}
         others = {path: x for path, x in flat.items() if path not in floats}
-        grads = jax.grad(loss)(floats, others, kernel, mask, batch)
+        grads = jax.grad(loss)(floats, others, head, batch)
         total = jnp.zeros(len(groups.names))
         for own, (path, x) in zip(ids, flat.items(), strict=True):
             if path in floats:
@@ -53,9 +53,9 @@ def sensitivities(problem: Problem, rows: Rows, groups: Groups) -> np.ndarray:
 
     found = []
     for t, count in enumerate(rows.counts):
-        params, head = expert(problem, t), (problem.heads.kernel[t], problem.heads.class_mask[t])
+        params, head = expert(problem, t), heads_of(problem.heads, [t])
         plain = rows._replace(targets=None)
-        each = [np.asarray(one(params, *head, plain.batch([np.array([i])], [t]))) for i in range(count)]
+        each = [np.asarray(one(params, head, plain.batch([np.array([i])], [t]))) for i in range(count)]
         found.append(np.mean(each, axis=0, dtype=np.float64))
     return np.stack(found)
 
@@ -66,8 +66,7 @@ def distances(problem: Problem, rows: Rows) -> np.ndarray:
 
     def logits(params: Tree, u: int) -> np.ndarray:
         features = jnp.asarray(features_of(problem, params, rows, u))
-        found = heads_lib.logits(problem.heads.kernel[u], problem.heads.class_mask[u], problem.heads.scale, features)
-        return np.asarray(found, np.float64)
+        return np.asarray(heads_lib.task_logits(problem.heads, u, features), np.float64)
 
     own, found = [logits(expert(problem, u), u) for u in tasks], []
     for t in tasks:

@@ -8,6 +8,7 @@ still: a task's coefficient is the product of those on its way up. Task vectors 
 the host until their group's turn.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from taskvec import tree as trees, vectors
 from taskvec.adaptive import atlas_parts as parts
 from taskvec.adaptive.coefficients import coefficients
 from taskvec.adaptive.fit import Loop
-from taskvec.adaptive.learn import Learned, Problem, heads_of, learn
+from taskvec.adaptive.learn import Learned, Learner, Problem, heads_of, make_learner
 from taskvec.adaptive.registry import adaptive_method
 from taskvec.adaptive.rows import Rows, together
 from taskvec.merging.registry import Card
@@ -79,7 +80,7 @@ def supermerge(
       learning_rate: of Adam (ours).
       per_task: rows of a task in a step (ours).
       seed: of the rows drawn.
-      loop: see `fit.Loop`; of every merge in turn, hence without a checkpoint where there are groups.
+      loop: see `fit.Loop`; of every merge in turn.
 
     Returns:
       ``history`` is that of the last merge; ``learnables`` too.
@@ -93,31 +94,27 @@ def supermerge(
     nodes = everything if groups is None else groups
     if sorted(tasks_of(nodes)) != everything:
         raise ValueError(f"groups must hold each of the tasks 0..{len(everything) - 1} once, got {groups}")
-    if groups is not None:
-        loop.refuse("supermerge with groups", checkpoint="one checkpoint cannot hold several merges")
     tensor_groups = trees.groups(problem.theta0, mode)
 
-    def fold(node: Sequence) -> tuple[Learned, np.ndarray]:
+    @functools.cache
+    def learner(members: int) -> Learner:
+        kind, made = problem.kind._replace(num_tasks=members), coefficients(tensor_groups, members, init, "tanh")
+        return make_learner(kind, made, parts.cross_entropies, optax.adam(learning_rate), loop=loop)
+
+    def fold(node: Sequence, loop: Loop) -> tuple[Learned, np.ndarray]:
         """Merges a group: what `learn` gave, and coefficients ``[G, T]`` of the task vectors that are under it."""
         tasks = tasks_of(node)
         if isinstance(node[0], int):
             tau = problem.tau if tasks == everything else vectors.some(problem.tau, tasks)
             below_GxTxN = np.tile(np.eye(len(everything))[:, tasks], (len(tensor_groups.names), 1, 1))
         else:
-            inner = [fold(child) for child in node]
+            inner = [fold(child, loop.part(f"group{i}")) for i, child in enumerate(node)]
             tau = _stacked(problem.theta0, [found.params for found, _ in inner])
             below_GxTxN = np.stack([coef for _, coef in inner], axis=-1)
-        found = learn(
-            problem._replace(tau=tau, heads=heads_of(problem.heads, tasks)),
-            coefficients(tensor_groups, len(node), init, "tanh"),
-            parts.cross_entropies,
-            together(rows.only(tasks), per_task, seed),
-            optax.adam(learning_rate),
-            steps,
-            seed=seed,
-            loop=loop,
-        )
+        own = problem._replace(tau=tau, heads=heads_of(problem.heads, tasks))
+        batches = together(rows.only(tasks), per_task, seed)
+        found = learner(len(node)).run(own, batches, steps, seed=seed, loop=loop)
         return found, np.einsum("gn,gtn->gt", found.coefficients, below_GxTxN)
 
-    found, coef_GxT = fold(nodes)
+    found, coef_GxT = fold(nodes, loop)
     return found._replace(coefficients=coef_GxT.astype(np.float32), groups=tensor_groups.names)

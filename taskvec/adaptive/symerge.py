@@ -14,7 +14,7 @@ from taskvec import tree as trees
 from taskvec.adaptive import objectives
 from taskvec.adaptive.coefficients import coefficients
 from taskvec.adaptive.fit import Loop
-from taskvec.adaptive.learn import Learned, Problem, learn
+from taskvec.adaptive.learn import Learned, Problem, learn, trainable
 from taskvec.adaptive.optimisers import by_task
 from taskvec.adaptive.registry import adaptive_method
 from taskvec.adaptive.rows import Rows, in_turn, together
@@ -44,9 +44,9 @@ OBJECTIVES = {
         result="task-conditioned",
         heads_trained=True,
         released_code=(
-            "trains a bias of the heads as well; a batch that keeps no row gives NaN, here a loss of 0; the paper "
-            "allows any one layer a task, the code takes the head, and so do we. Model Tinting: objective='labels'; "
-            "its code has a rate of 1e-3 for coefficients as well, commented out"
+            "trains a bias of the heads as well, from 0 on (bias=True); a batch that keeps no row gives NaN, here a "
+            "loss of 0; the paper allows any one layer a task, the code takes the head, and so do we. Model Tinting: "
+            "objective='labels'; its code has a rate of 1e-3 for coefficients as well, commented out"
         ),
     ),
 )
@@ -62,6 +62,7 @@ def symerge(
     rounds: int = 500,
     learning_rate: float = 1e-2,
     head_learning_rate: float = 1e-2,
+    bias: bool = False,
     per_task: int = 32,
     seed: int = 0,
     loop: Loop = Loop(),
@@ -84,6 +85,7 @@ def symerge(
       learning_rate: of Adam on the coefficients.
       head_learning_rate: of Adam on the heads as released code has them, with the factor of the logits in the weights:
         our unit-norm kernels move by ``head_learning_rate / scale``.
+      bias: whether heads get a bias, that starts at 0 and is trained too (released code).
       per_task: rows of a task in a batch.
       seed: of the rows and the order drawn.
       loop: see `fit.Loop`.
@@ -104,14 +106,20 @@ def symerge(
     groups = trees.groups(problem.theta0, mode)
     scale = float(jnp.asarray(problem.heads.scale))
     # Adam's epsilon stands beside a gradient that is `scale` times as large as that by the scaled weights.
-    of_heads = by_task(optax.adam(head_learning_rate / scale, eps=1e-8 * scale))
-    optimisers = {"merge": optax.adam(learning_rate), "heads": of_heads}
+    adams = {
+        "kernel": optax.adam(head_learning_rate / scale, eps=1e-8 * scale),
+        "bias": optax.adam(head_learning_rate),
+    }
+    if bias and problem.heads.bias is None:
+        problem = problem._replace(heads=problem.heads._replace(bias=jnp.zeros(problem.heads.class_mask.shape)))
+    parts = {name: name for name in trainable(problem.heads)}
+    optimisers = {"merge": optax.adam(learning_rate)} | {name: by_task(adams[name]) for name in parts}
     return learn(
         problem,
         coefficients(groups, problem.num_tasks, init, constraint),
         OBJECTIVES[objective],
         SCHEDULES[schedule](rows, per_task, seed),
-        optax.multi_transform(optimisers, {"merge": "merge", "heads": "heads"}),
+        optax.multi_transform(optimisers, {"merge": "merge", "heads": parts}),
         rounds * (problem.num_tasks if schedule == "in_turn" else 1),
         train_heads=True,
         seed=seed,

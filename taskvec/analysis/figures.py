@@ -66,8 +66,10 @@ def coefficients(path: pathlib.Path, groups: Sequence[str], tasks: Sequence[str]
       path: of the PNG file.
       groups: G names (paths of tensors, modules or blocks).
       tasks: T names.
-      values_GxT: the coefficients.
+      values_GxT: the coefficients; of ``[G, T, K]`` the mean over the K parts of a tensor is shown.
     """
+    share = f", mean over {values_GxT.shape[2]} parts of each" if values_GxT.ndim == 3 else ""
+    values_GxT = values_GxT.reshape(*values_GxT.shape[:2], -1).mean(2)
     order = sorted(range(len(groups)), key=lambda g: _network_order(groups[g]))
     figure, axes = plt.subplots(figsize=(2.5 + 0.8 * len(tasks), max(2.5, min(0.09 * len(groups), 14))))
     low, high = min(0.0, float(values_GxT.min())), max(0.6, float(values_GxT.max()))
@@ -83,7 +85,7 @@ def coefficients(path: pathlib.Path, groups: Sequence[str], tasks: Sequence[str]
     axes.tick_params(length=0)
     figure.colorbar(image, label="coefficient", fraction=0.08, pad=0.03)
     means = ", ".join(f"{m:.2f}" for m in values_GxT.mean(0))
-    axes.set_title(f"{len(groups)} coefficients a task; means {means}", fontsize=8)
+    axes.set_title(f"{len(groups)} coefficients a task{share}; means {means}", fontsize=8)
     _save(figure, path)
 
 

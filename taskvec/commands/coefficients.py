@@ -3,7 +3,8 @@
 import dataclasses
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from taskvec.commands.request import Request
 from taskvec.io import coefficients, names
@@ -48,7 +49,10 @@ def read(request: Request) -> Request:
         )
     settings["file"] = str(pathlib.Path(settings["file"]).expanduser().absolute())
     order = _order(found.tasks, [label for label, _ in request.experts])
-    settings["table"] = tuple((name, tuple(row[t] for t in order)) for name, row in found.table())
+    found = found._replace(values=found.values[:, order])
+    settings["table"] = found.table()
+    if found.drawn:
+        settings["parts"] = found.drawn
     settings.setdefault("plus_plus", found.settings.get("plus_plus", False))
     return dataclasses.replace(request, settings=settings)
 
@@ -74,21 +78,29 @@ def named(request: Request, models: Mapping[str, Model]) -> Request:
       ValueError: the table names tensors that the base does not have, under no name.
     """
     base = next(iter(models.values()))
-    table = dict(request.settings["table"])
-    name_of = _names(base, table)
-    missing = sorted(path for path in table if path not in name_of)
+    table = request.settings["table"]
+    place_of = _places(base, [row[0] for row in table])
+    missing = sorted(row[0] for row in table if row[0] not in place_of)
     if missing:
         raise ValueError(
             f"{base.ref} has no tensor {some(missing)} of the coefficients: they are of another model, or of another "
             "part of it"
         )
-    settings = dict(request.settings) | {"table": tuple((name_of[path], row) for path, row in table.items())}
+    settings = dict(request.settings) | {"table": tuple(_row(row, *place_of[row[0]]) for row in table)}
     return dataclasses.replace(request, settings=settings)
 
 
-def _names(base: Model, table: Iterable[str]) -> dict[str, str]:
-    """``{path in the table: name in the base}``; the names themselves where the table has those."""
-    wanted, best = set(table), {name: name for name in base.specs}
+def _row(row: Sequence[Any], name: str, op: str) -> tuple:
+    """A row of the table under the name in the base; where it tells of axes, in their order there."""
+    if len(row) == 2:
+        return name, row[1]
+    _, weights, path, strides = row
+    return name, weights, path, tuple(strides[i] for i in names.file_axes(op, len(strides)))
+
+
+def _places(base: Model, table: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """``{path in the table: (name in the base, op)}``; the names themselves where the table has those."""
+    wanted, best = set(table), {name: (name, "none") for name in base.specs}
     for part in _PARTS if base.home is not None and not wanted <= best.keys() else ():
         paths = _paths(base, part)
         if len(wanted & paths.keys()) > len(wanted & best.keys()):
@@ -96,7 +108,7 @@ def _names(base: Model, table: Iterable[str]) -> dict[str, str]:
     return best
 
 
-def _paths(base: Model, part: str | None) -> dict[str, str]:
+def _paths(base: Model, part: str | None) -> dict[str, tuple[str, str]]:
     # Imported late: a merge needs no model but for this.
     from taskvec import models
 
@@ -105,11 +117,11 @@ def _paths(base: Model, part: str | None) -> dict[str, str]:
         places = names.places(described.table, base.specs)
     except (ValueError, AttributeError):  # no such part, no such family, no table
         return {}
-    return {place.path: name for name, place in places.items()}
+    return {place.path: (name, place.op) for name, place in places.items()}
 
 
 def takes(request: Request) -> Callable[[str], bool]:
     """What of the model takes part: what the table names, as far as ``--include`` has it."""
-    known = {name for name, _ in request.settings["table"]}
+    known = {row[0] for row in request.settings["table"]}
     rest = request.settings.get("rest", 0.0)
     return lambda name: bool((rest or name in known) and re.search(request.include, name))

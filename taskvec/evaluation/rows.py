@@ -63,6 +63,7 @@ class Row:
       seconds: wall-clock time of the method, evaluation excluded.
       seed: of the run.
       config_hash: of the whole configuration.
+      storage_bits: of all that a merge stores, the pretrained model included; None of what was not merged.
       normalised_accuracy: mean over tasks of ``accuracy_t / individual_t``; None if not known, see `with_normalised`.
       peak_memory_mb: peak resident memory of the process while the method ran and was scored, with all that it holds.
       versions: of libraries and device.
@@ -82,6 +83,7 @@ class Row:
     seconds: float
     seed: int
     config_hash: str
+    storage_bits: int | None = None
     normalised_accuracy: float | None = None
     peak_memory_mb: float = dataclasses.field(default_factory=peak_memory_mb)
     versions: Mapping[str, str] = dataclasses.field(default_factory=versions)

@@ -41,8 +41,7 @@ def of_heads(apply_fn: Callable, heads: Heads) -> Scorer:
     """Features ``[N, d]`` of ``apply_fn(params, inputs)["features"]`` under fixed heads; a row is right or wrong."""
 
     def score(task: int, z_Nxd: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        logits = heads_lib.logits(heads.kernel[task], heads.class_mask[task], heads.scale, z_Nxd)
-        return np.asarray(logits.argmax(-1)) == np.asarray(labels)
+        return np.asarray(heads_lib.task_logits(heads, task, z_Nxd).argmax(-1)) == np.asarray(labels)
 
     return Scorer(functools.partial(encode, apply_fn), score, heads.kernel.shape[0])
 

@@ -7,6 +7,8 @@ before. Only arrays are stored: a typed PRNG key is refused (store the seed and 
 import logging
 import os
 import pathlib
+import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,18 +26,29 @@ FORMAT = 1
 class Checkpoint:
     """Saves and restores a tree of arrays by step; the object that `taskvec.adaptive.fit` takes as `checkpoint`."""
 
-    def __init__(self, directory: str | os.PathLike, every: int, keep: int = 2):
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        every: int,
+        keep: int = 2,
+        seconds: float = 0.0,
+        on_save: Callable[[], None] | None = None,
+    ):
         """Opens `directory`, which is made if absent.
 
         Args:
           directory: of this run alone.
           every: steps between two checkpoints.
           keep: how many of the latest to keep.
+          seconds: between two checkpoints, at least; that of the last step does not wait.
+          on_save: called after every save.
         """
         if every < 1 or keep < 1:
             raise ValueError(f"every and keep must be at least 1, found every={every}, keep={keep}")
         self.directory = pathlib.Path(directory).expanduser().absolute()
-        self.every = every
+        self.every, self._settings = every, (every, keep, seconds, on_save)
+        self._seconds, self._on_save, self._last = seconds, on_save, time.monotonic()
+        self._parts: list[Checkpoint] = []
         # In step with the run: an asynchronous save could read a buffer that the next step was given to overwrite.
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, create=True, cleanup_tmp_directories=True, enable_async_checkpointing=False
@@ -44,8 +57,12 @@ class Checkpoint:
         self._saved = self._manager.latest_step() or 0
 
     def should_save(self, step: int) -> bool:
-        """Whether `every` steps have passed since the last checkpoint (`fit` asks at the end of a chunk)."""
-        return step // self.every > self._saved // self.every
+        """Whether `every` steps (and `seconds`) have passed since the last checkpoint.
+
+        `fit` asks at the end of a chunk.
+        """
+        waited = time.monotonic() - self._last >= self._seconds
+        return waited and step // self.every > self._saved // self.every
 
     def save(self, step: int, state: Any) -> None:
         """Saves `state` (jax or numpy arrays) as of after `step` steps; returns once it is on disk.
@@ -61,7 +78,9 @@ class Checkpoint:
         meta = {"format": FORMAT, "shapes": _shapes(arrays)}
         items = ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
         self._manager.save(step, args=items, force=True)
-        self._saved = step
+        self._saved, self._last = step, time.monotonic()
+        if self._on_save is not None:
+            self._on_save()
 
     def restore(self, abstract_state: Any) -> tuple[int, Any] | None:
         """Returns (step, state) of the latest checkpoint, or None if there is none.
@@ -91,8 +110,15 @@ class Checkpoint:
         log.info("resuming from step %d of %s", step, self.directory)
         return step, self._manager.restore(step, args=items).state
 
+    def part(self, name: str) -> "Checkpoint":
+        """One for a part of the run, in a folder of its own; closed with this one. The name is no number."""
+        self._parts.append(Checkpoint(self.directory / name, *self._settings))
+        return self._parts[-1]
+
     def close(self) -> None:
         """Releases the directory."""
+        for part in self._parts:
+            part.close()
         self._manager.close()
 
     def __enter__(self) -> "Checkpoint":

@@ -1,6 +1,7 @@
 """Learned coefficients as a result: ``NAME.npz`` with the numbers, ``NAME.json`` with what they belong to."""
 
 import json
+import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -16,16 +17,31 @@ from taskvec.tree import Tree
 PathLike = str | os.PathLike
 
 
-class Coefficients(NamedTuple):
-    """Coefficients of T tasks over G groups of tensors.
+class Parts(NamedTuple):
+    """Random parts of tensors, of aTLAS x K: what they are drawn from.
 
     Attributes:
-      values: ``[G, T]`` float32, factors of the task vectors.
+      seed: of the draw.
+      shared: whether tensors of equal shape have equal parts.
+      shapes: of all tensors of `Coefficients`, in their order.
+    """
+
+    seed: int
+    shared: bool
+    shapes: tuple[tuple[int, ...], ...]
+
+
+class Coefficients(NamedTuple):
+    """Coefficients of T tasks over G groups of tensors, and of K random parts of every tensor.
+
+    Attributes:
+      values: ``[G, T]`` float32, factors of the task vectors; ``[G, T, K]`` with parts.
       groups: G names.
       tasks: T names.
-      tensors: ``{per-layer path of the model: number of its group}``, of all tensors.
+      tensors: ``{per-layer path of the model: number of its group}``, of all tensors that are merged.
       method: that learned them.
       settings: of that method.
+      parts: with K parts of every tensor.
     """
 
     values: np.ndarray
@@ -34,10 +50,23 @@ class Coefficients(NamedTuple):
     tensors: Mapping[str, int]
     method: str = ""
     settings: Mapping[str, Any] = {}
+    parts: Parts | None = None
 
-    def table(self) -> tuple[tuple[str, tuple[float, ...]], ...]:
-        """Pairs of a tensor's path and its T coefficients, as ``merge("coefficients", table=...)`` takes them."""
-        return tuple((name, tuple(self.values[group].tolist())) for name, group in self.tensors.items())
+    @property
+    def drawn(self) -> tuple[int, ...]:
+        """K, seed and whether parts are shared, as ``merge("coefficients", parts=...)`` takes them; or nothing."""
+        return () if self.parts is None else (self.values.shape[2], self.parts.seed, int(self.parts.shared))
+
+    def table(self) -> tuple[tuple, ...]:
+        """Pairs of a tensor's path and its T coefficients, as ``merge("coefficients", table=...)`` takes them.
+
+        With parts all ``T K`` coefficients, the path once more, and how far apart neighbours of each axis lie.
+        """
+        rows = [(name, tuple(self.values[group].ravel().tolist())) for name, group in self.tensors.items()]
+        if self.parts is None:
+            return tuple(rows)
+        strides = [tuple(math.prod(shape[i + 1 :]) for i in range(len(shape))) for shape in self.parts.shapes]
+        return tuple((*row, row[0], own) for row, own in zip(rows, strides, strict=True))
 
 
 def of(
@@ -47,6 +76,7 @@ def of(
     tasks: Sequence[str],
     method: str,
     settings: Mapping[str, Any],
+    seed: int | None = None,
 ) -> Coefficients:
     """Coefficients of a run, from what `taskvec.adaptive.learn.Learned` holds.
 
@@ -54,17 +84,20 @@ def of(
 
     Args:
       params: of the model, or their shapes; which groups its tensors are in follows from the names of the groups.
-      values: ``[G, T]``.
+      values: ``[G, T]``; ``[G, T, K]`` of aTLAS x K.
       groups: names as `taskvec.tree.groups` gives them.
       tasks: names, in order of the columns.
       method, settings: as in the result of the run, ``found.method, found.settings``.
+      seed: of the run, which the K parts are drawn from.
 
     Raises:
       ValueError: no way to group this model's tensors gives these names; shapes do not fit; NaN or infinity.
     """
     values = np.asarray(values, np.float32)
-    if values.shape != (len(groups), len(tasks)):
+    if values.shape[:2] != (len(groups), len(tasks)) or values.ndim > 3:
         raise ValueError(f"values have shape {values.shape}; [{len(groups)} groups, {len(tasks)} tasks] is needed")
+    if values.ndim == 3 and seed is None:
+        raise ValueError("coefficients by random parts of tensors: give the seed of the run, which they are drawn from")
     if not np.isfinite(values).all():
         raise ValueError("the coefficients hold NaN or infinity")
     for mode in trees.GROUP_MODES:
@@ -78,13 +111,23 @@ def of(
         name: int(ids[path] if layer is None else ids[path][layer])
         for name, (path, layer) in trees.tensors(params).items()
     }
-    return Coefficients(values, tuple(groups), tuple(tasks), tensors, method, dict(settings))
+    made = Coefficients(values, tuple(groups), tuple(tasks), tensors, method, dict(settings))
+    if values.ndim == 2:
+        return made
+    flat, matrices = trees.flatten(params), settings.get("partitioned") == "matrices"
+    shapes = {
+        name: flat[path].shape[0 if layer is None else 1 :] for name, (path, layer) in trees.tensors(params).items()
+    }
+    shapes = {name: shape for name, shape in shapes.items() if len(shape) == 2 or not matrices}
+    merged = {name: tensors[name] for name in shapes}
+    return made._replace(tensors=merged, parts=Parts(seed, matrices, tuple(shapes.values())))
 
 
 def save(path: PathLike, coefficients: Coefficients) -> None:
     """Writes ``PATH.npz`` (``values`` ``[G, T]``, ``table`` ``[P, T]`` by tensor) and ``PATH.json`` (names, settings).
 
-    Whatever suffix the path has of the two; each file appears whole or not at all.
+    With parts both have K for a last axis. Whatever suffix the path has of the two; each file appears whole or not at
+    all.
     """
     numbers, names = _files(path)
     numbers.parent.mkdir(parents=True, exist_ok=True)
@@ -99,6 +142,7 @@ def save(path: PathLike, coefficients: Coefficients) -> None:
         "tasks": coefficients.tasks,
         "groups": coefficients.groups,
         "tensors": list(coefficients.tensors),
+        "parts": None if coefficients.parts is None else coefficients.parts._asdict(),
         "version": __version__,
     }
     write_text(names, json.dumps(fields, indent=1, default=_plain) + "\n")
@@ -120,13 +164,17 @@ def load(path: PathLike) -> Coefficients:
         with np.load(numbers, allow_pickle=False) as arrays:
             values, group_P = arrays["values"], arrays["group"]
         tasks, groups, tensors = (tuple(fields[name]) for name in ("tasks", "groups", "tensors"))
-        method, settings = fields["method"], fields["settings"]
+        method, settings, parts = fields["method"], fields["settings"], fields.get("parts")
+        parts = parts and Parts(parts["seed"], parts["shared"], tuple(tuple(shape) for shape in parts["shapes"]))
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise ValueError(f"{numbers} and {names.name} are no coefficients, or damaged: {error}") from error
-    fits = values.shape == (len(groups), len(tasks)) and group_P.shape == (len(tensors),)
+    fits = values.shape[:2] == (len(groups), len(tasks)) and group_P.shape == (len(tensors),)
+    fits = fits and values.ndim == (2 if parts is None else 3)
+    fits = fits and (parts is None or len(parts.shapes) == len(tensors))
     if not fits or not ((group_P >= 0) & (group_P < len(groups))).all() or not np.isfinite(values).all():
         raise ValueError(f"{numbers} and {names.name} do not belong together, or hold NaN or infinity")
-    return Coefficients(values, groups, tasks, dict(zip(tensors, group_P.tolist(), strict=True)), method, settings)
+    numbered = dict(zip(tensors, group_P.tolist(), strict=True))
+    return Coefficients(values, groups, tasks, numbered, method, settings, parts)
 
 
 def _files(path: PathLike) -> tuple[pathlib.Path, pathlib.Path]:

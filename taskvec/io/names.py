@@ -125,6 +125,11 @@ def to_file_array(array: Any, op: str) -> Any:
     return array if _AXES_BACK[op] is None else array.transpose(_AXES_BACK[op])
 
 
+def file_axes(op: str, ndim: int) -> tuple[int, ...]:
+    """For every axis of a tensor of the file its axis in the tree."""
+    return tuple(range(ndim)) if _AXES_BACK[op] is None else _AXES_BACK[op]
+
+
 def _pattern(template: str) -> re.Pattern:
     return re.compile(r"(\d+)".join(re.escape(part) for part in template.split("{}")))
 

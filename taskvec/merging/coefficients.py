@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from taskvec.merging.registry import Card, method
 from taskvec.transforms import Chain, chain, elect_signs, sum_by_name, trim
+from taskvec.transforms.by_name import sum_by_part
 
 
 def agreeing(plus_plus: bool | str) -> Chain:
@@ -33,10 +34,11 @@ def agreeing(plus_plus: bool | str) -> Chain:
     ),
 )
 def coefficients(
-    table: Sequence[tuple[str, Sequence[float]]] = (),
+    table: Sequence[tuple] = (),
     rest: float = 0.0,
     plus_plus: bool | str = False,
     file: str = "",
+    parts: Sequence[int] = (),
 ) -> Chain:
     """``theta_l = theta0_l + sum_t lam_{l,t} tau_{l,t}`` for tensor l.
 
@@ -45,14 +47,20 @@ def coefficients(
     the table; tensors that are not in the table are the base's.
 
     Args:
-      table: pairs of a per-layer path (blocks/3/mlp/up/kernel) or, of checkpoints, a tensor's name, and T numbers.
+      table: pairs of a per-layer path (blocks/3/mlp/up/kernel) or, of checkpoints, a tensor's name, and T numbers. Of
+        coefficients by random parts of tensors (aTLAS x K) rows as `taskvec.transforms.by_name.sum_by_part` has them.
       rest: coefficient of every task vector in tensors that the table does not name.
       plus_plus: of task vectors that are trimmed and sign-elected first, as AdaMerging++ learns them; see `agreeing`.
       file: where the table comes from; read by the command alone.
+      parts: K, seed and whether tensors of equal shape share them, of random parts; none without.
     """
     if file and not table:
         raise ValueError(
-            "file= is read by `taskvec merge`; in memory pass table=taskvec.io.coefficients.load(file).table()"
+            "file= is read by `taskvec merge`; in memory pass table=found.table(), parts=found.drawn of "
+            "found = taskvec.io.coefficients.load(file)"
         )
-    pairs = tuple((name, tuple(float(w) for w in weights)) for name, weights in table)
-    return chain(agreeing(plus_plus), sum_by_name(pairs, rest))
+    rows = tuple((row[0], tuple(float(w) for w in row[1]), *row[2:]) for row in table)
+    if not (parts and rows):
+        return chain(agreeing(plus_plus), sum_by_name(rows, rest))
+    rows = tuple((name, weights, path, tuple(strides)) for name, weights, path, strides in rows)
+    return chain(agreeing(plus_plus), sum_by_part(rows, *parts, rest=rest))

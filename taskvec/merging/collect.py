@@ -23,6 +23,8 @@ from taskvec.tree import Tree
 
 Array = jax.Array
 
+ESTIMATORS = ("exact", "sampled", "batch")
+
 
 def stack_tasks(collected: Sequence[Tree]) -> Tree:
     """T trees, one a task, as one with a task axis: ``[T, ...]``, and ``[L, T, ...]`` for stacked layers."""
@@ -164,7 +166,7 @@ def collect_fisher(
     Returns:
       Float32 arrays in the shapes of the floating-point leaves.
     """
-    check_choice("estimator", estimator, ("exact", "sampled", "batch"))
+    check_choice("estimator", estimator, ESTIMATORS)
     add = _fisher_step(log_probs_fn, estimator, samples, chunk)
     flat = trees.flatten(params)
     floats = {path: x for path, x in flat.items() if trees.is_float(x)}

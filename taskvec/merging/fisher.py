@@ -13,6 +13,7 @@ from taskvec.transforms import Transform, weigh_by_fisher
         summary="mean of the models, weighed entry by entry by their Fisher information",
         data="unlabelled train",
         extras=("fisher",),
+        collect="collect_fisher",
         base="optional",
         released_code="raises the floor of the first (target) model only (floor_rule='first', the order then matters) "
         "and searches the weights; MergeLM and FusionBench add the floor (floor_rule='add') and estimate the Fisher "

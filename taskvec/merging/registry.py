@@ -26,6 +26,7 @@ class Card:
       tasks: how many fine-tuned models it takes, at least and at most (``None``: any number).
       ordered: whether the order of the models matters: they play different parts, or draw different random numbers.
       extras: trees needed besides weights, e.g. ``("gram",)``.
+      collect: the function of `merging.collect` that makes them from data; "" if none does.
       result: one of `RESULTS`.
       heads_trained: whether classification heads are trained.
       released_code: how the authors' released code differs, and which setting reproduces it; "" if it does not.
@@ -37,6 +38,7 @@ class Card:
     summary: str
     data: str = "none"
     extras: tuple[str, ...] = ()
+    collect: str = ""
     result: str = "static"
     heads_trained: bool = False
     released_code: str = ""

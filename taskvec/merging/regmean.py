@@ -13,6 +13,7 @@ from taskvec.transforms import Transform, regress
         summary="least squares on every linear layer's inputs; means elsewhere",
         data="unlabelled train",
         extras=("gram",),
+        collect="collect_gram",
         base="optional",
         released_code="ships 0.1 for reduce_nondiagonal in nearly all its configurations (0.9 in one) and off as the "
         "default (1.0); inverts without a ridge",
@@ -43,6 +44,7 @@ def regmean(reduce_nondiagonal: float = 0.9, ridge: float = 1e-6) -> Transform:
         summary="RegMean on the inputs that the merged model's earlier blocks give",
         data="unlabelled train",
         extras=("gram",),
+        collect="collect_gram_plusplus",
         base="optional",
         released_code="its vision configurations take 0.95 for reduce_nondiagonal",
     ),

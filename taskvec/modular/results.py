@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 
+from taskvec.merging.results import PerTask
 from taskvec.tree import Tree
 
 Array = jax.Array
@@ -38,6 +39,11 @@ def static(params: Tree) -> Merged:
 def per_task(params: Sequence[Tree]) -> Merged:
     """One parameter tree a task, such as the fine-tuned experts themselves."""
     return Merged("task-conditioned", lambda task: params[task])
+
+
+def of_merge(merged: Tree | PerTask) -> Merged:
+    """What `taskvec.merge` gives; a task's weights are decoded from their stored form when they are asked for."""
+    return Merged("task-conditioned", merged.params) if isinstance(merged, PerTask) else static(merged)
 
 
 def corrected(merged: Merged, features_for: Callable[[int, Array], Array]) -> Merged:

@@ -87,6 +87,7 @@ def train(
     center: bool = False,
     steps: int = 1000,
     batch_size: int = 16,
+    once: bool = False,
     learning_rate: float = 1e-3,
     seed: int = 0,
     chunk: int = 50,
@@ -106,6 +107,8 @@ def train(
       center: centred form (see the module's docstring); False is the paper's.
       steps: of Adam, each on one batch of every task.
       batch_size: rows a task and step, drawn with replacement.
+      once: the authors' online variant: one task after the other, every row once, in random order, one a step;
+        `steps` and `batch_size` do not count, and ``l1`` is ``[n, 1]``.
       learning_rate: of Adam.
       seed: of the rows drawn and of D.
       chunk, on_chunk: see `adaptive.fit.fit`; the metrics are ``loss`` ``[n]`` and ``l1`` ``[n, T]``.
@@ -113,8 +116,8 @@ def train(
     Raises:
       ValueError: shapes do not pair up.
     """
-    loop = Loop(chunk=chunk, on_chunk=on_chunk)
-    return _trained(merged, expert, rank, center, steps, batch_size, learning_rate, seed, loop)[0]
+    loop, size = Loop(chunk=chunk, on_chunk=on_chunk), None if once else batch_size
+    return _trained(merged, expert, rank, center, steps, size, learning_rate, seed, loop)[0]
 
 
 def _trained(
@@ -123,7 +126,7 @@ def _trained(
     rank: int,
     center: bool,
     steps: int,
-    batch_size: int,
+    batch_size: int | None,
     learning_rate: float,
     seed: int,
     loop: Loop,
@@ -150,8 +153,30 @@ def _trained(
     run = make_fit(loss_fn, optax.adam(learning_rate), chunk=loop.chunk)
     frozen = {"features": (pad(merged), pad(expert)), "center": start.center, "scale": start.scale}
     frozen = jax.tree.map(jnp.asarray, frozen)
-    done = run({"down": start.down, "up": start.up}, batches, steps, frozen=frozen, **loop.watch())
+    learnables = {"down": start.down, "up": start.up}
+    if batch_size is None:
+        done = _one_pass(run, learnables, frozen, counts, seed, loop)
+    else:
+        done = run(learnables, batches, steps, frozen=frozen, **loop.watch())
     return start._replace(**done.learnables), done
+
+
+def _one_pass(
+    run: Callable[..., FitResult], learnables: Tree, frozen: Tree, counts: np.ndarray, seed: int, loop: Loop
+) -> FitResult:
+    """Task after task, every row once and alone, in random order; all tasks share the compiled step."""
+    if loop.on_start is not None:
+        loop.on_start(int(counts.sum()))
+    each = []
+    for t, count in enumerate(counts):
+        order = np.random.default_rng([seed, t]).permutation(count).astype(np.int32)
+        before, own = int(counts[:t].sum()), jax.tree.map(lambda x, t=t: x[t : t + 1], (learnables, frozen))
+        tell = loop.on_chunk and (lambda step, metrics, before=before: loop.on_chunk(before + step, metrics))
+        watch = loop.part(f"task{t}")._replace(on_start=None, on_chunk=tell).watch()
+        batches = lambda step, order=order: order[step : step + 1, None]
+        each.append(run(own[0], batches, int(count), frozen=own[1], **watch))
+    joined = lambda pick: jax.tree.map(lambda *x: np.concatenate(x), *map(pick, each))
+    return FitResult(joined(lambda done: done.learnables), (), joined(lambda done: done.history))
 
 
 def merged_model(problem: Problem, on: str | Tree) -> Tree:
@@ -188,7 +213,7 @@ def merged_model(problem: Problem, on: str | Tree) -> Tree:
         released_code=(
             "as here with torch 2; with older torch, steps for one task also move the others by their moments. Its "
             "weight average leaves out the eighth task. FusionBench: one batch a task and iteration, 1000 iterations, "
-            "on normalised features (normalise=True)"
+            "on normalised features (normalise=True). Online variant: once=True"
         ),
     ),
 )
@@ -203,6 +228,7 @@ def surgery(
     steps: int = 1000,
     learning_rate: float = 1e-3,
     per_task: int = 16,
+    once: bool = False,
     seed: int = 0,
     loop: Loop = Loop(),
 ) -> Learned:
@@ -220,6 +246,7 @@ def surgery(
       steps: of Adam, each on one batch of every task: 500 iterations of two batches, as published.
       learning_rate: of Adam.
       per_task: rows of a task in a step.
+      once: every row once, see `train`.
       seed: of the rows drawn, and of D.
       loop: see `fit.Loop`; not `evaluate` and `pieces`.
 
@@ -234,7 +261,8 @@ def surgery(
     theirs = [np.asarray(targets["features"]) for targets in rows.targets]
     of = heads.normalise if normalise else lambda z: z
     mine, theirs = ([np.asarray(of(z)) for z in each] for each in (mine, theirs))
-    adapters, done = _trained(mine, theirs, rank, center, steps, per_task, learning_rate, seed, loop)
+    size = None if once else per_task
+    adapters, done = _trained(mine, theirs, rank, center, steps, size, learning_rate, seed, loop)
     corrected = lambda task, z: apply(adapters, task, of(jnp.asarray(z)))
     merged = results.corrected(results.static(params), corrected)
     learnables = jax.tree.map(np.asarray, adapters._asdict())

@@ -23,11 +23,13 @@ class Heads(NamedTuple):
       kernel: ``[T, d, C]`` float32, unit columns, zeros where a task has fewer than C classes.
       class_mask: ``[T, C]`` bool, true for a task's classes.
       scale: factor on the cosines (the reciprocal of a temperature).
+      bias: ``[T, C]``, added to the scaled cosines; ``None`` for none. Heads that are built here have none.
     """
 
     kernel: Array
     class_mask: Array
     scale: float | Array
+    bias: Array | None = None
 
 
 def normalise(features: Array) -> Array:
@@ -104,12 +106,22 @@ def make_heads(kernels: Sequence[np.ndarray], scale: float = 20.0) -> Heads:
     return Heads(jnp.asarray(np.stack(padded), jnp.float32), jnp.asarray(mask), scale)
 
 
-def logits(kernel_dxC: Array, mask_C: Array, scale: float | Array, features_Bxd: Array) -> Array:
-    """``scale * cos(z, w_c)``: ``[B, d] -> [B, C]``; -1e9 for classes that the task lacks."""
-    cosines = normalise(features_Bxd) @ kernel_dxC
-    return jnp.where(mask_C[None, :], scale * cosines, PADDED)
+def logits(
+    kernel_dxC: Array, mask_C: Array, scale: float | Array, features_Bxd: Array, bias_C: Array | None = None
+) -> Array:
+    """``scale * cos(z, w_c) + b_c``: ``[B, d] -> [B, C]``; -1e9 for classes that the task lacks."""
+    scores = scale * (normalise(features_Bxd) @ kernel_dxC)
+    scores = scores if bias_C is None else scores + bias_C[None, :]
+    return jnp.where(mask_C[None, :], scores, PADDED)
+
+
+def task_logits(heads: Heads, task: int, features_Bxd: Array) -> Array:
+    """One task's logits: ``[B, d] -> [B, C]``."""
+    bias_C = None if heads.bias is None else heads.bias[task]
+    return logits(heads.kernel[task], heads.class_mask[task], heads.scale, features_Bxd, bias_C)
 
 
 def all_logits(heads: Heads, features_TxBxd: Array) -> Array:
     """Every task's logits on its own rows: ``[T, B, d] -> [T, B, C]``."""
-    return jax.vmap(logits, (0, 0, None, 0))(heads.kernel, heads.class_mask, heads.scale, features_TxBxd)
+    arrays = heads.kernel, heads.class_mask, heads.scale, features_TxBxd, heads.bias
+    return jax.vmap(logits, (0, 0, None, 0, 0))(*arrays)

@@ -87,17 +87,17 @@ class Leaf:
         # Of all tasks and rows at once, so that XLA neither compiles it for every task nor repeats it for every entry.
         keys = jax.vmap(jax.random.fold_in, (None, 0))(root, jnp.arange(self.tau.shape[0]))
         word0_Tx1, word1_Tx1 = jnp.split(jax.random.key_data(keys), 2, axis=1)
-        first_TxR = _mixed(row ^ word0_Tx1)
-        second_TxR = _mixed(first_TxR + word1_Tx1)
+        first_TxR = mixed(row ^ word0_Tx1)
+        second_TxR = mixed(first_TxR + word1_Tx1)
 
         def of_task(task: int) -> Array:
-            bits = _mixed(_mixed(column + first_TxR[task, :, None]) ^ second_TxR[task, :, None])
+            bits = mixed(mixed(column + first_TxR[task, :, None]) ^ second_TxR[task, :, None])
             return ((bits >> 8).astype(jnp.float32) * jnp.float32(2**-24)).reshape(shape)
 
         return jnp.stack([of_task(task) for task in range(self.tau.shape[0])])
 
 
-def _mixed(x: Array) -> Array:
+def mixed(x: Array) -> Array:
     """A bijection of uint32 in which every bit of the input moves every bit of the output (MurmurHash3's finaliser)."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)

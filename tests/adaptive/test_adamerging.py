@@ -61,6 +61,8 @@ def test_trajectory(mode, rate):
     assert np.abs(expected - 0.3).max() > 0.03  # it went somewhere
     if rate > 1e-3:
         assert (expected == 0).any() or (expected == 1).any()  # and met the clamp
+    else:
+        assert (np.diff(found.history["loss"].reshape(4, 25).mean(1)) < 0).all()  # entropy falls, on average
     assert found.groups == (NAMES if mode == "tensor" else ("all",))
     for i, k in enumerate(NAMES):
         merged = theta0[k] + np.tensordot(expected[i if mode == "tensor" else 0], tau[k], 1)

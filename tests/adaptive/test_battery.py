@@ -1,8 +1,10 @@
 """What every registered adaptive method must satisfy, on a scanned toy transformer and in a few steps.
 
 Its card is sound and its settings have defaults; the result has theta0's names, shapes and dtypes and is finite; the
-same seed gives the same bits; unknown settings are refused by name.
+same seed gives the same bits; eight devices give what one gives; unknown settings are refused by name.
 """
+
+import functools
 
 import jax
 import numpy as np
@@ -12,18 +14,25 @@ from taskvec import tree as trees
 from taskvec.adaptive import registry, rows as rows_lib
 from taskvec.adaptive.fit import Evaluate, Loop
 from taskvec.adaptive.learn import Problem
+from taskvec.adaptive.mesh import make_mesh, placement, sharded
 from taskvec.merging.registry import DATA, RESULTS
 from taskvec.training.heads import Heads
 from tests.adaptive import test_learn, toy_models as toy
+from tests.modular import blocks_for_tests
 
 SHORT = {
-    "steps": 2, "coefficient_steps": 1, "rounds": 1, "epochs": 1, "per_task": 2, "per_set": 2, "batch_size": 4,
+    "steps": 2, "coefficient_steps": 1, "rounds": 1, "epochs": 1, "per_task": 4, "per_set": 4, "batch_size": 4,
     "shots": 2, "least_batches": 1, "budget": None, "per_class": 1, "matrices": "mlp/",
 }  # fmt: skip
 NEEDS_BLOCKS = ("prodistill", "surgery_v2")  # and hooks: tested on models of the library, test_prodistill.py and others
+MESHED = ("adamerging", "fw_hard", "surgery", "symerge")  # on every run of the tests; some five seconds each
+UNPLACED = ("fw_hard", "sens_merging")  # weights on a mesh, but no batches
 
 
 def problem_and_rows(name: str) -> tuple[Problem, rows_lib.Rows]:
+    if name in NEEDS_BLOCKS:
+        _, _, rows, problem = blocks_for_tests.setting()
+        return problem, rows
     problem, card = test_learn.problem(), registry.get(name).card
     rows = test_learn.rows(labelled=card.data == "few labelled")
     if name == "self_positioning":
@@ -59,6 +68,17 @@ def test_card(name):
         method(None, None, lambada=0.3)
 
 
+@functools.cache
+def short(name: str, mesh=None, *, place: bool = True):
+    """A short run, with weights and task vectors on a mesh if there is one, and batches and state too if `place`."""
+    problem, rows = problem_and_rows(name)
+    if mesh is not None:
+        problem = problem._replace(theta0=sharded(problem.theta0, mesh), tau=sharded(problem.tau, mesh))
+        assert not all(x.is_fully_replicated for x in jax.tree.leaves(problem.tau))
+    loop = Loop(place=placement(mesh)) if mesh is not None and place else Loop()
+    return registry.get(name)(problem, rows, seed=3, loop=loop, **settings_of(name))
+
+
 def watched(run):
     """A run with a `Loop` that heeds all that watches it, or says what it does not."""
     seen, steps = [], []
@@ -80,7 +100,7 @@ def test_a_short_run(name):
     problem, rows = problem_and_rows(name)
     given = settings_of(name)
     run = lambda **watch: registry.get(name)(problem, rows, seed=3, **given, **watch)
-    found, again = run(), watched(run)
+    found, again = short(name), watched(run)
     for path, x in trees.flatten(problem.theta0).items():
         y = trees.flatten(found.params)[path]
         assert (y.shape, y.dtype) == (x.shape, x.dtype) and np.isfinite(y).all()
@@ -96,3 +116,20 @@ def test_a_short_run(name):
         registry.get(name).card.result == "task-conditioned"
     )
     assert toy.apply(found.params, toy.batch(0, 2))["features"].shape == (2, toy.WIDTH)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in MESHED else pytest.mark.slow) for n in sorted(registry.methods())]
+)
+def test_a_mesh_changes_nothing(name, monkeypatch):
+    """Rows over four of eight devices, weights, task vectors and what is learned over two."""
+    monkeypatch.setattr("taskvec.adaptive.mesh.SMALL", 32)
+    mesh = make_mesh(4, 2)
+    if name in UNPLACED:
+        with pytest.raises(ValueError, match=r"takes no Loop.place=....: it"):
+            short(name, mesh)
+    one, many = short(name), short(name, mesh, place=name not in UNPLACED)
+    same = lambda atol: lambda a, b: np.testing.assert_allclose(b, a, atol=atol, rtol=1e-5)
+    jax.tree.map(same(1e-5), *((found.coefficients, found.params, found.history) for found in (one, many)))
+    # Adam makes a whole step of a gradient that is zero but for rounding: entries of large arrays have such ones.
+    jax.tree.map(same(1e-4), *((found.learnables, found.heads) for found in (one, many)))

@@ -1,5 +1,7 @@
 """Merging by coefficients: formula, layouts, dtypes, constraints, errors."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 import taskvec as tv
 from taskvec import tree as trees
 from taskvec.adaptive.coefficients import clip01, coefficients, effective
+from taskvec.models import clip
 from tests.models_for_tests import random_models
 
 
@@ -112,6 +115,13 @@ def test_parts_of_tensors_of_one_shape_can_be_shared():
         made = coefficients(trees.groups(theta0, "task"), 1, 0.0, "identity", 3, seed=1, shared_parts=shared)
         merged = made.merge(theta0, tau, {"lam": jnp.array([[[1.0, 2.0, 3.0]]])})
         assert sorted(np.unique(merged["a"])) == [1, 2, 3] and (merged["a"] == merged["b"]).all() == shared
+
+
+def test_groups_of_clip_are_those_of_the_published_tables():
+    """AdaMerging's have 158 and 302 rows, six of them of the text tower; query, key and value are one tensor there."""
+    for size, number in (({}, 152), ({"hidden_size": 1024, "num_hidden_layers": 24, "patch_size": 14}, 296)):
+        groups = trees.groups(clip.abstract(clip.VisionConfig(**size, projected=True)), "tensor")
+        assert len({re.sub("/(query|key|value)/", "/in/", name) for name in groups.names}) == number
 
 
 def test_errors_say_what_is_allowed():

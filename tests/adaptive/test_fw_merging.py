@@ -9,6 +9,7 @@ from taskvec.adaptive import rows as rows_lib
 from taskvec.adaptive.fit import Loop
 from taskvec.adaptive.fw_merging import fw_hard, fw_soft
 from taskvec.adaptive.learn import Problem
+from taskvec.adaptive.masks import tensor_seeds, uniform
 from taskvec.training.heads import make_heads
 from tests.adaptive.test_adamerging import entropy_and_gradient
 from tests.modular import blocks_for_tests as toy
@@ -101,9 +102,10 @@ def test_hard_trajectory(granularity, point, measure):
         np.testing.assert_allclose(theta0[k] + np.tensordot(row, tau[k], 1), theta[k], atol=1e-5)
 
 
-def test_hard_steps_by_ties():
+@pytest.mark.parametrize("merge", ["ties", "dare_ties"])
+def test_hard_steps_by_ties(merge):
     theta0, tau, kernels, rows, problem = setting()
-    how = {"merge": "ties", "density": 0.3, "scale": 0.9, "step_size": 1.0, "start": 0.6, "granularity": "tensor"}
+    how = {"merge": merge, "density": 0.3, "scale": 0.9, "step_size": 1.0, "start": 0.6, "granularity": "tensor"}
     seen = []
     watch = Loop(on_start=seen.append, on_chunk=lambda step, metrics: seen.append(step))
     found = fw_hard(problem, rows, rounds=8, shots=SHOTS, batch_size=4, seed=1, point="vectors", loop=watch, **how)
@@ -118,7 +120,16 @@ def test_hard_steps_by_ties():
         at = np.cumsum([0, *(theta[k].size for k in NAMES)])
         return {k: theta[k] + eta * vector[i:j].reshape(theta[k].shape) for k, i, j in zip(NAMES, at, at[1:])}  # noqa: B905
 
-    kept = np.stack([trimmed(flat({k: tau[k][t] for k in NAMES})) for t in range(POOL)])
+    def thinned(tau, i):
+        """The draws are the library's own; test_concrete.py says that they are uniform."""
+        if merge == "ties":
+            return tau
+        seeds = tensor_seeds(tau, jax.random.fold_in(jax.random.key(1), i))
+        keep = {k: np.asarray(uniform(seeds[k], tau[k].shape)) < 0.3 for k in NAMES}
+        return {k: np.where(keep[k], tau[k] / 0.3, 0) for k in NAMES}
+
+    few = thinned(tau, 0)
+    kept = np.stack([trimmed(flat({k: few[k][t] for k in NAMES})) for t in range(POOL)])
     agreeing = np.where(np.sign(kept) == np.sign(kept.sum(0)), kept, 0)
     theta = moved(theta0, agreeing.sum(0) / np.maximum((agreeing != 0).sum(0), 1), 0.6)
     pool = [{k: theta0[k] + tau[k][t] for k in NAMES} for t in range(POOL)] + [theta, theta0]
@@ -129,7 +140,8 @@ def test_hard_steps_by_ties():
         table = np.array([[score(g[k], s[k] - theta0[k], "cosine") for k in NAMES] for s in pool[:-1]])
         chosen = [int(c.argmin()) if c.min() < 0 else POOL + 1 for c in table.T]
         vertex = {k: pool[c][k] for k, c in zip(NAMES, chosen, strict=True)}
-        theta = moved(theta, trimmed(flat(vertex) - flat(theta)), 0.9 * 2 / (i + 2))
+        few = thinned({k: (vertex[k] - theta[k])[None] for k in NAMES}, i + 1)
+        theta = moved(theta, trimmed(flat(few)), 0.9 * 2 / (i + 2))
         picks.append(chosen)
     np.testing.assert_array_equal(found.history["chosen"], picks)
     assert POOL in np.array(picks) and len(np.unique(picks)) > 2
@@ -216,13 +228,14 @@ def test_errors():
         fw_soft(problem, rows.only([0, 1]))
     with pytest.raises(ValueError, match="model, tensor"):
         fw_hard(problem, rows, granularity="layer")
-    with pytest.raises(ValueError, match="task_arithmetic, ties"):
+    with pytest.raises(ValueError, match="task_arithmetic, ties, dare_ties"):
         fw_hard(problem, rows, merge="dare")
     for method in (fw_hard, fw_soft):
-        for field, value in {"checkpoint": object(), "evaluate": object(), "pieces": 2}.items():
+        for field, value in {"evaluate": object(), "pieces": 2}.items():
             with pytest.raises(ValueError, match=f"takes no Loop.{field}=....: it goes round by round"):
                 method(problem, rows, loop=Loop(**{field: value}))
-    with pytest.raises(ValueError, match=r"fw_hard takes no Loop.place="):
-        fw_hard(problem, rows, loop=Loop(place=object()))
+    for field in ("checkpoint", "place"):
+        with pytest.raises(ValueError, match=f"fw_hard takes no Loop.{field}="):
+            fw_hard(problem, rows, loop=Loop(**{field: object()}))
     with pytest.raises(ValueError, match="entropy, cross_entropy"):
         fw_soft(problem, rows, objective="kl")

@@ -109,6 +109,6 @@ def test_errors():
         prodistill(problem._replace(scanned=False), rows)
     with pytest.raises(ValueError, match="element, tensor, task"):
         prodistill(problem, rows, mode="layer")
-    for field, value in {"checkpoint": object(), "evaluate": object(), "pieces": 2}.items():
+    for field, value in {"evaluate": object(), "pieces": 2}.items():
         with pytest.raises(ValueError, match=f"takes no Loop.{field}=.*block after block|sums over the rows"):
             prodistill(problem, rows, loop=Loop(**{field: value}))

@@ -11,6 +11,7 @@ from taskvec.adaptive.learn import Outputs
 from taskvec.adaptive.optimisers import by_task
 from taskvec.adaptive.samerging import samerging
 from taskvec.adaptive.symerge import OBJECTIVES, symerge
+from taskvec.training.heads import task_logits
 from tests.adaptive import mlp_oracle as oracle
 from tests.adaptive.mlp_oracle import CLASSES, ROWS, SCALE, TASKS
 
@@ -34,41 +35,61 @@ def pseudo(teacher, confident):
     return objective
 
 
-def symerge_reference(theta0, tau, kernels, rows, rounds, confident, rate):
+def shifted(objective, bias, seen):
+    """The objective of biased logits; notes its gradient by the bias."""
+
+    def biased(i, logits):
+        value, d_logits = objective(i, logits + bias)
+        seen.append(d_logits.sum(0))
+        return value, d_logits
+
+    return biased
+
+
+def symerge_reference(theta0, tau, kernels, rows, rounds, confident, rate, bias):
     lam, adam = {"lam": np.full((4, TASKS), 0.3)}, oracle.Adam(rate)
     # As released: weights that hold the factor of the logits, an Adam for each task's.
-    heads, adams = [{"w": SCALE * k} for k in kernels], [oracle.Adam(rate) for _ in kernels]
+    heads = [{"b": np.zeros(k.shape[1]), "w": SCALE * k} for k in kernels]
+    adams = [oracle.Adam(rate) for _ in kernels]
     batches, dropped = rows_lib.in_turn(rows, ROWS), 0
     for step in range(rounds * TASKS):
         batch = batches(step)
         t = int(batch["tasks"][0])
         c = np.clip(lam["lam"], 0, 1)
         teacher = [labels_of(theta0, tau, kernels, t, batch["x"])]
-        objective = pseudo(teacher, confident)
+        by_bias = []
+        objective = shifted(pseudo(teacher, confident), heads[t]["b"], by_bias)
         theta = oracle.merged(theta0, tau, c)
         _, grads, (d_kernel,) = oracle.gradients(theta, batch["x"], [heads[t]["w"] / SCALE], objective)
         now = oracle.logits_of(oracle.features(theta, batch["x"])[1], heads[t]["w"] / SCALE)
         dropped += int((np.abs(objective(0, now)[1]).sum(1) == 0).sum())
         inside = (lam["lam"] >= 0) & (lam["lam"] <= 1)
         lam = adam.step(lam, {"lam": oracle.by_coefficients(grads, tau, 4) * inside})
-        heads[t] = adams[t].step(heads[t], {"w": d_kernel / SCALE})
+        heads[t] = adams[t].step(heads[t], {"b": bias * by_bias[0], "w": d_kernel / SCALE})
     return np.clip(lam["lam"], 0, 1), heads, dropped
 
 
-@pytest.mark.parametrize("confident", [True, False])
-def test_symerge_trajectory(confident):
+@pytest.mark.parametrize("confident, bias", [(True, True), (False, False)])
+def test_symerge_trajectory(confident, bias):
     theta0, tau, kernels, rows = oracle.setting(2)
     found = symerge(
         oracle.problem(theta0, tau, kernels), rows, objective="confident" if confident else "labels", rounds=20,
-        per_task=ROWS, head_learning_rate=2e-2, learning_rate=2e-2,
+        per_task=ROWS, head_learning_rate=2e-2, learning_rate=2e-2, bias=bias,
     )  # fmt: skip
-    lam, heads, dropped = symerge_reference(theta0, tau, kernels, rows, 20, confident, 2e-2)
+    lam, heads, dropped = symerge_reference(theta0, tau, kernels, rows, 20, confident, 2e-2, bias)
     np.testing.assert_allclose(found.coefficients, lam, atol=1e-4)
     for t, head in enumerate(heads):
         kernel = np.asarray(found.heads.kernel)[t]
         np.testing.assert_allclose(SCALE * kernel[:, : CLASSES[t]], head["w"], atol=1e-3)
         assert (kernel[:, CLASSES[t] :] == 0).all() and np.abs(head["w"] - SCALE * kernels[t]).max() > 0.1
+        if bias:
+            np.testing.assert_allclose(found.heads.bias[t, : CLASSES[t]], head["b"], atol=1e-3)
+            assert (found.heads.bias[t, CLASSES[t] :] == 0).all() and np.abs(head["b"]).max() > 0.1
+            z = oracle.features(theta0, rows.take(t, np.arange(ROWS))["x"].astype(np.float64))[1]
+            logits = task_logits(found.heads, t, jnp.asarray(z, jnp.float32))[:, : CLASSES[t]]
+            np.testing.assert_allclose(logits, oracle.logits_of(z, head["w"] / SCALE) + head["b"], atol=1e-2)
     assert (dropped > 0) == confident  # the filter had something to do
+    assert bias or found.heads.bias is None
     assert found.history["objective"].shape == (60, 1)
 
 

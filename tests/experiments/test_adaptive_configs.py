@@ -1,6 +1,8 @@
 """The configs of adaptive methods resolve for every model and suite, and run through the benchmark's own function."""
 
+import contextlib
 import importlib
+import json
 import pathlib
 
 import jax
@@ -8,9 +10,13 @@ import numpy as np
 import pytest
 
 from configs import adaptive, clip, text8
-from experiments import few_shot_heads, output, prepare, runs
+from experiments import benchmark, few_shot_heads, learning, output, prepare, resume, runs
+from taskvec import tree as trees
 from taskvec.adaptive import registry
 from taskvec.data import clip_suites
+from taskvec.data.base import take
+from taskvec.io import coefficients
+from taskvec.io.checkpoints import Checkpoint
 from tests.experiments import published as stand_ins
 
 NAMES = sorted(path.stem for path in pathlib.Path(adaptive.__file__).parent.glob("*.py") if path.stem != "__init__")
@@ -125,7 +131,7 @@ def test_all_rows_run(name, stand_in, bench, done):
 
 
 def test_surgery_v2_stands_on_an_earlier_run(stand_in, done, tmp_path, monkeypatch):
-    def stop(bench, name, data, settings):
+    def stop(bench, name, data, settings, checkpoint):
         raise LookupError(settings)
 
     monkeypatch.setattr(runs.learning, "learn", stop)
@@ -144,3 +150,77 @@ def test_surgery_v2_stands_on_an_earlier_run(stand_in, done, tmp_path, monkeypat
     config.settings.surgery_v2.on = "tise"
     with pytest.raises(ValueError, match="unknown method 'tise'"):
         output.check(config, tmp_path)
+
+
+def test_a_killed_row_goes_on(bench, done, tmp_path, monkeypatch):
+    """Fitted task by task, killed within the second fit: the same bits, without the steps that were done."""
+    monkeypatch.setattr(resume, "SECONDS", 0.0)
+    seen, saved, save = [], [], Checkpoint.save
+
+    @contextlib.contextmanager
+    def bar(title):
+        yield lambda step, text="", total=None: seen.append(step) if text else None
+
+    def killed(self, step, state):
+        save(self, step, state)
+        saved.append(step)
+        if len(saved) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(learning, "bar", bar)
+    steps = {"epochs": 4, "least_batches": 1, "batch_size": 64, "shots": 2}
+    settings = {"method": "atlas_few_shot", "data": "few labelled", **steps}
+    run = lambda kept: runs.run(bench, "x", settings, {}, kept)
+    whole = run(None)
+    assert seen == [4, 8, 4, 8]
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(resume.Seed(tmp_path, bench))
+    assert saved == [4, 8, 4]
+    folder = resume.Seed(tmp_path, bench).folder("x")
+    assert 0 < json.loads((folder / "seconds.json").read_text()) < 600
+    (folder / "seconds.json").write_text("1000.0")
+    seen.clear()
+    found = run(resume.Seed(tmp_path, bench))
+    assert seen == [8] and found.seconds > 1000
+    for t in range(2):
+        jax.tree.map(np.testing.assert_array_equal, found.merged.params_for(t), whole.merged.params_for(t))
+        assert not np.array_equal(found.test[t], done["pretrained"].test[t])
+
+
+def test_no_other_row_takes_a_checkpoint(stand_in, bench, tmp_path):
+    other = clip.get_config(stand_ins.arguments(stand_in))
+    other.settings.ties.density = 0.3
+    cut = bench.tasks[0]._replace(test=take(bench.tasks[0].test, np.arange(3)))
+    others = [
+        bench._replace(config=other),
+        bench._replace(seed=1),
+        bench._replace(experts=bench.experts[::-1]),
+        bench._replace(tasks=[cut, bench.tasks[1]]),
+    ]
+    folders = [resume.Seed(tmp_path, each).folder("x") for each in (bench, *others)]
+    assert len({*folders, resume.Seed(tmp_path, bench).folder("y")}) == 6
+    assert resume.Seed(tmp_path, bench).folder("x") == folders[0]
+
+
+def test_a_benchmark_leaves_results_and_no_checkpoints(stand_in, bench, done, tmp_path, monkeypatch):
+    groups = trees.groups(bench.base.pretrained, "module").names
+    values = np.random.default_rng(0).normal(0.3, 0.4, (len(groups), 2, 3)).astype(np.float32)
+
+    def run(bench, label, settings, done_, kept):
+        kept.folder(label).mkdir(parents=True)
+        return done[label]._replace(coefficients=(groups, values) if label == "pretrained" else None)
+
+    config = clip.get_config(stand_ins.arguments(stand_in))
+    config.methods, config.claims = ("pretrained", "individual"), ()
+    monkeypatch.setattr(benchmark, "load_base", lambda config: None)
+    monkeypatch.setattr(benchmark, "prepare", lambda config, base, seed: bench)
+    monkeypatch.setattr(runs, "run", run)
+    benchmark.benchmark(config, tmp_path)
+    names = [f"coefficients_pretrained.{kind}" for kind in ("json", "npz", "png")]
+    wanted = ["accuracy.png", *names, "report.md", "result.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == wanted
+    found = coefficients.load(tmp_path / names[1])
+    np.testing.assert_array_equal(found.values, values)
+    assert found.drawn == (3, bench.seed, False)

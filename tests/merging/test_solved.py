@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import taskvec as tv
+from taskvec.transforms.projected import shared_subspace
 from taskvec.transforms.solve import least_interference
 from tests.merging.oracles import solved as oracle
 from tests.models_for_tests import random_models
@@ -95,6 +96,8 @@ def test_doge_spares_the_shared_subspace():
         delta = (found - sum(s * tau for s, tau in zip(share, taus, strict=True))) / sum(share)
         parts[subspace] = np.linalg.norm(shared[:, 0] @ delta) / np.linalg.norm(delta)
     assert parts[1 / 12] < 0.2 < 0.9 < parts[1e-2], parts
+    basis = np.asarray(shared_subspace(jnp.asarray(taus, jnp.float32), 0.25))
+    np.testing.assert_allclose(basis.T @ basis, np.eye(3), atol=1e-5)  # the projector is its own square
 
 
 def test_doge_of_untouched_and_many_tasks():

@@ -22,6 +22,12 @@ def test_class_means_and_logits():
     np.testing.assert_allclose(logits[0], 20 * unit @ expected, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(logits[1, :, :2], 20 * unit @ expected[:, :2], rtol=1e-4, atol=1e-4)
     assert (logits[1, :, 2] == -1e9).all()
+    bias = rng.normal(size=(2, 3)).astype(np.float32)
+    biased = heads.all_logits(made._replace(bias=bias), jnp.asarray(np.stack([features, features]), jnp.float32))
+    np.testing.assert_allclose(biased[1, :, :2], 20 * unit @ expected[:, :2] + bias[1, :2], rtol=1e-4, atol=1e-4)
+    assert (biased[1, :, 2] == -1e9).all()
+    one = heads.task_logits(made._replace(bias=bias), 1, jnp.asarray(features, jnp.float32))
+    np.testing.assert_allclose(one, biased[1], rtol=1e-6)
 
 
 def test_a_zero_feature_has_finite_logits_and_gradient():

@@ -1,0 +1,73 @@
+"""Methods of several fits, and those that keep their best step: killed, they end with the same bits in fewer steps."""
+
+import jax
+import numpy as np
+import pytest
+
+from taskvec.adaptive.atlas import atlas
+from taskvec.adaptive.fit import Loop
+from taskvec.adaptive.fw_merging import fw_soft
+from taskvec.adaptive.prodistill import prodistill
+from taskvec.adaptive.supermerge import supermerge
+from taskvec.io.checkpoints import Checkpoint
+from tests.adaptive import toy_mlp
+from tests.modular import blocks_for_tests
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_quickly():
+    """Programs that run for a few steps are not worth optimising."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+def on_mlp(method, **settings):
+    theta0, tau, kernels, rows = toy_mlp.setting()
+    problem = toy_mlp.problem(theta0, tau, kernels)
+    return lambda loop: method(problem, rows, per_task=toy_mlp.ROWS, learning_rate=0.5, loop=loop, **settings)
+
+
+def on_blocks(**settings):
+    _, _, rows, problem = blocks_for_tests.setting()
+    return lambda loop: prodistill(problem, rows, shots=6, batch_size=4, loop=loop, **settings)
+
+
+@pytest.mark.parametrize(
+    "run, total, killed, left",
+    [
+        (on_mlp(atlas, epochs=4, keep="best"), 8, 7, 2),
+        (on_mlp(fw_soft, rounds=2, steps=4, shots=4), 8, 7, 2),
+        pytest.param(on_mlp(supermerge, groups=((0, 1), (2,)), steps=4), 12, 11, 2, marks=pytest.mark.slow),
+        (on_blocks(epochs=2, mode="tensor"), 12, 7, 8),
+    ],
+    ids=["atlas", "fw_soft", "supermerge", "prodistill"],
+)
+def test_a_killed_run_goes_on(tmp_path, run, total, killed, left):
+    def counted(checkpoint=None, end=None):
+        def step(*_):
+            nonlocal steps
+            steps += 1
+            if steps == end:
+                raise Killed
+
+        steps = 0
+        found = run(Loop(chunk=1, checkpoint=checkpoint, on_chunk=step))
+        return found, steps
+
+    whole, steps = counted()
+    assert steps == total
+    with Checkpoint(tmp_path, every=2, keep=1) as checkpoint, pytest.raises(Killed):
+        counted(checkpoint, killed)
+    with Checkpoint(tmp_path, every=2, keep=1) as checkpoint:
+        found, steps = counted(checkpoint)
+    assert steps == left
+    one, two = ((each.params, each.coefficients, each.history, each.kept) for each in (whole, found))
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+    # The best step is one before the last checkpoint: the rest of the run cannot find it again.
+    assert whole.kept is None or 0 < whole.kept < total - left
