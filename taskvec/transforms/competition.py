@@ -16,7 +16,7 @@ from taskvec.transforms.unroll import unrolled
 
 # The released programs, and the fraction of entries that each clips at either end.
 _CLIPPED = {"released": 1e-4, "released_vision": 0.01, "released_search": 0.01}
-_CHUNK = 1 << 14  # entries added at once, of all tasks and pairs: few enough for the caches
+_CHUNK = 1 << 15  # entries added at once, of all tasks and pairs: few enough for the caches
 # exp on [0, 1] to 1e-7, as a polynomial of z - 1/2, the highest power first.
 _SERIES = np.polynomial.Chebyshev.interpolate(lambda z: np.exp(z + 0.5), 6, [-0.5, 0.5])
 _POLYNOMIAL = tuple(_SERIES.convert(kind=np.polynomial.Polynomial).coef[::-1].tolist())
@@ -57,7 +57,7 @@ def compete(density: float, variant: str = "paper") -> Transform:
         claims = functools.partial(_released_claims, variant=variant)
     order = kth_magnitudes_of([threshold, lambda size: size], "model")
 
-    def apply(x: Array, leaf: Leaf, stats: tuple) -> Array:
+    def shared(x: Array, stats: tuple) -> Array:
         claim = claims(x, stats)
         lowest, largest = by_task(stats[3][:, 0], x), by_task(stats[3][:, 1], x)
         if variant == "paper":
@@ -69,6 +69,10 @@ def compete(density: float, variant: str = "paper") -> Transform:
         total = weighted_sum([1.0] * x.shape[0], share)
         return x * (share / jnp.where(total > 0, total, 1.0))
 
+    def apply(x: Array, leaf: Leaf, stats: tuple) -> Array:
+        of_chunk = lambda parts: list(unrolled(lambda x: shared(x, stats), parts))
+        return jnp.stack(_entrywise(of_chunk, [x[t] for t in range(x.shape[0])]))
+
     return Transform("compete", apply, (*before, *_measured_on(claims, order)))
 
 
@@ -76,14 +80,17 @@ def _measured_on(claims: Callable, measures: Sequence[Measure]) -> list[Measure]
     """The same measures, of the claims instead of the vectors."""
 
     @jax.jit
-    def compiled(theta: list[Array], theta0: Array, stats: tuple) -> tuple[Array, ...]:
-        x = [each.astype(jnp.float32) - theta0 for each in theta]
-        return tuple(unrolled(lambda x: claims(x, stats), x))
+    def compiled(theta: list[Array], theta0: Array, stats: tuple) -> list[Array]:
+        def of_chunk(parts: list[Array]) -> list[Array]:
+            *mine, base = parts
+            return list(unrolled(lambda x: claims(x, stats), [each.astype(jnp.float32) - base for each in mine]))
+
+        return _entrywise(of_chunk, [*theta, theta0])
 
     def of_claims(measure: Measure) -> Measure:
         def host(x: Sequence[np.ndarray | Difference], stats: tuple) -> Any:
             is_difference = isinstance(x[0], Difference)
-            theta0 = x[0].theta0.astype(np.float32, copy=False) if is_difference else np.zeros(1, np.float32)
+            theta0 = x[0].theta0.astype(np.float32, copy=False) if is_difference else np.zeros_like(x[0])
             flat = [(each.theta if is_difference else each).reshape(-1) for each in x]  # one program for all of a size
             return measure.host(list(map(np.asarray, compiled(flat, theta0.reshape(-1), stats[:2]))), stats)
 
@@ -223,13 +230,9 @@ def _exp_means(sums: tuple[Array, Array], info: ModelInfo, stats: tuple) -> tupl
 def _paper_claims(x: Array, stats: tuple) -> Array:
     bounds, (intra_mean_T, inter_mean_TxT) = jnp.asarray(stats[0]), stats[1]
     tasks, own, factor_TxT = x.shape[0], _own(bounds), 1 / jnp.asarray(inter_mean_TxT)
-
-    def claims(x: list[Array]) -> list[Array]:
-        inter = [0.0] * tasks
-        for t, k in _pairs(tasks):
-            of_pair = factor_TxT[t, k] * _inter(x[t], x[k], *bounds[:, t, k])
-            for each in {t, k}:
-                inter[each] += of_pair
-        return [_intra(x[t], *own[:, t], tasks) / intra_mean_T[t] * inter[t] for t in range(tasks)]
-
-    return jnp.stack(_entrywise(claims, [x[t] for t in range(tasks)]))
+    inter = [0.0] * tasks
+    for t, k in _pairs(tasks):
+        of_pair = factor_TxT[t, k] * _inter(x[t], x[k], *bounds[:, t, k])
+        for each in {t, k}:
+            inter[each] += of_pair
+    return jnp.stack([_intra(x[t], *own[:, t], tasks) / intra_mean_T[t] * inter[t] for t in range(tasks)])
