@@ -107,7 +107,7 @@ def test_a_short_run(name):
         np.testing.assert_array_equal(y, trees.flatten(again.params)[path])
     assert trees.flatten(found.params).keys() == trees.flatten(problem.theta0).keys()
     assert (found.method, found.settings.keys()) == (name, registry.get(name).defaults.keys())
-    assert given.items() <= found.settings.items()
+    assert given.items() <= again.settings.items()
     if found.coefficients is not None:
         assert found.coefficients.shape == (len(found.groups), problem.num_tasks)
         assert found.coefficients.dtype == np.float32
