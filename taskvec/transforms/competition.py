@@ -16,7 +16,7 @@ from taskvec.transforms.unroll import unrolled
 
 # The released programs, and the fraction of entries that each clips at either end.
 _CLIPPED = {"released": 1e-4, "released_vision": 0.01, "released_search": 0.01}
-_CHUNK = 1 << 15  # entries added at once, of all tasks and pairs: few enough for the caches
+_CHUNK = 1 << 15  # entries of every task taken at once: few enough for the caches
 # exp on [0, 1] to 1e-7, as a polynomial of z - 1/2, the highest power first.
 _SERIES = np.polynomial.Chebyshev.interpolate(lambda z: np.exp(z + 0.5), 6, [-0.5, 0.5])
 _POLYNOMIAL = tuple(_SERIES.convert(kind=np.polynomial.Polynomial).coef[::-1].tolist())
@@ -190,7 +190,7 @@ def _sums(fn: Callable, x: Sequence[Array]) -> list[Array]:
     """
     chunk, count, rest = _chunks(x)
     add = lambda i, total: [a + b for a, b in zip(total, fn(chunk(i)), strict=True)]
-    sums = [each.sum() for each in fn(rest)] if rest[0].size else None
+    sums = [each.sum() for each in fn(rest)] if rest[0].size or not count else None
     if not count:
         return sums
     zeros = [jnp.zeros(_CHUNK)] * len(jax.eval_shape(fn, rest))
@@ -205,7 +205,7 @@ def _entrywise(fn: Callable, x: Sequence[Array]) -> list[Array]:
     def put(i: Array, out: list[Array]) -> list[Array]:
         return [jax.lax.dynamic_update_slice(a, b, (i * _CHUNK,)) for a, b in zip(out, fn(chunk(i)), strict=True)]
 
-    out = fn(rest) if rest[0].size else []
+    out = fn(rest) if rest[0].size or not count else []
     if count:
         blank = [jnp.zeros(count * _CHUNK)] * len(jax.eval_shape(fn, rest))
         whole = jax.lax.fori_loop(0, count, put, blank)
