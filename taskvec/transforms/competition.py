@@ -17,6 +17,7 @@ from taskvec.transforms.unroll import unrolled
 # The released programs, and the fraction of entries that each clips at either end.
 _CLIPPED = {"released": 1e-4, "released_vision": 0.01, "released_search": 0.01}
 _CHUNK = 1 << 15  # entries of every task taken at once: few enough for the caches
+_WRITTEN_OUT = 10  # tasks; programs for all pairs of more take minutes to compile
 # exp on [0, 1] to 1e-7, as a polynomial of z - 1/2, the highest power first.
 _SERIES = np.polynomial.Chebyshev.interpolate(lambda z: np.exp(z + 0.5), 6, [-0.5, 0.5])
 _POLYNOMIAL = tuple(_SERIES.convert(kind=np.polynomial.Polynomial).coef[::-1].tolist())
@@ -140,8 +141,11 @@ def _of_pairs(values: Sequence[Array], tasks: int) -> Array:
 
 def _product_bounds(x: Array, leaf: Leaf, stats: tuple) -> Array:
     """The largest x_t x_k and -x_t x_k: ``[2, T, T]``."""
-    products = jnp.stack([x[t] * x[k] for t, k in _pairs(x.shape[0])])
     axes = tuple(range(1, x.ndim))
+    if x.shape[0] > _WRITTEN_OUT:
+        most = lambda sign: jax.lax.map(lambda other: (sign * x * other).max(axes, initial=-jnp.inf), x)
+        return jnp.stack([most(1), most(-1)])
+    products = jnp.stack([x[t] * x[k] for t, k in _pairs(x.shape[0])])
     return jnp.stack([_of_pairs((sign * products).max(axes, initial=-jnp.inf), x.shape[0]) for sign in (1, -1)])
 
 
@@ -176,6 +180,10 @@ def _inter(x: Array, other: Array, low: Array, high: Array) -> Array:
 def _exp_sums(x: Array, leaf: Leaf, stats: tuple) -> tuple[Array, Array]:
     bounds, tasks = jnp.asarray(stats[0]), x.shape[0]
     own = _own(bounds)
+    if tasks > _WRITTEN_OUT:
+        axes, own = tuple(range(1, x.ndim)), [by_task(each_T, x) for each_T in own]
+        one = lambda of: _inter(x, of[0], by_task(of[1], x), by_task(of[2], x)).sum(axes)
+        return _intra(x, *own, tasks).sum(axes), jax.lax.map(one, (x, *bounds))
     intra = lambda x: [_intra(x[t], *own[:, t], tasks) for t in range(tasks)]
     inter = lambda x: [_inter(x[t], x[k], *bounds[:, t, k]) for t, k in _pairs(tasks)]
     sums = _sums(lambda x: intra(x) + inter(x), [x[t] for t in range(tasks)])
@@ -230,6 +238,14 @@ def _exp_means(sums: tuple[Array, Array], info: ModelInfo, stats: tuple) -> tupl
 def _paper_claims(x: Array, stats: tuple) -> Array:
     bounds, (intra_mean_T, inter_mean_TxT) = jnp.asarray(stats[0]), stats[1]
     tasks, own, factor_TxT = x.shape[0], _own(bounds), 1 / jnp.asarray(inter_mean_TxT)
+    if tasks > _WRITTEN_OUT:
+
+        def add(total: Array, of: tuple) -> tuple[Array, None]:
+            other, low, high, factor = of[0], *(by_task(each_T, x) for each_T in of[1:])
+            return total + factor * _inter(x, other, low, high), None
+
+        inter = jax.lax.scan(add, jnp.zeros_like(x), (x, *bounds, factor_TxT))[0]
+        return _intra(x, *(by_task(each_T, x) for each_T in own), tasks) / by_task(intra_mean_T, x) * inter
     inter = [0.0] * tasks
     for t, k in _pairs(tasks):
         of_pair = factor_TxT[t, k] * _inter(x[t], x[k], *bounds[:, t, k])

@@ -128,6 +128,16 @@ def test_pcb_of_many_tasks_does_not_overflow():
     assert jnp.isfinite(claims).all() and float(claims.max()) > 0
 
 
+@pytest.mark.parametrize("variant", ["paper", "released_search"])
+@pytest.mark.parametrize(("tasks", "size"), [(3, 1000), (4, 960), (12, 1000)])
+def test_pcb_by_chunks_and_of_more_tasks_than_are_written_out(tasks, size, variant, monkeypatch):
+    monkeypatch.setattr(competition, "_CHUNK", 64)
+    taus = np.random.default_rng(tasks).standard_normal((tasks, size)).astype(np.float32)
+    settings = {"density": 0.2 + 1e-3 * tasks, "variant": variant}  # of no other test: programs are kept
+    expected = sparse.pcb({"w": taus.astype(np.float64)}, {}, **settings)["w"]
+    np.testing.assert_allclose(merged("pcb", *taus, **settings), expected, atol=1e-5)
+
+
 def test_pcb_keeps_a_single_tasks_largest():
     x = np.arange(1.0, 101.0) * np.where(np.arange(100) % 2, 1, -1)
     out = merged("pcb", x, density=0.1, scale=1.0)
