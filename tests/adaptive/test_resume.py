@@ -18,15 +18,6 @@ class Killed(Exception):
     pass
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_quickly():
-    """Programs that run for a few steps are not worth optimising."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 def on_mlp(method, **settings):
     theta0, tau, kernels, rows = toy_mlp.setting()
     problem = toy_mlp.problem(theta0, tau, kernels)

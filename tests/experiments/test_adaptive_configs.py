@@ -27,15 +27,6 @@ def module(name: str):
     return importlib.import_module(f"configs.adaptive.{name}")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_quickly():
-    """Programs that run for two steps are not worth optimising."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.fixture(scope="module")
 def stand_in(tmp_path_factory):
     root = stand_ins.write(tmp_path_factory.mktemp("published"))

@@ -17,14 +17,6 @@ from tests.experiments import published as stand_ins
 CLASSES = (10, 12)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_quickly():
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     return clip.get_config(stand_ins.arguments(stand_ins.write(tmp_path_factory.mktemp("published"))))
