@@ -71,12 +71,6 @@ def depth(path: str) -> int | None:
     return int(found.group(1)) if found else None
 
 
-def is_matrix(path: str, shape: tuple[int, ...]) -> bool:
-    """Whether a per-layer leaf is a weight matrix (two axes), the leaves that spectral methods decompose."""
-    del path
-    return len(shape) == 2
-
-
 def is_float(leaf: Any) -> bool:
     """Whether a leaf can be merged; integer and boolean leaves are copied from the pretrained model."""
     return jnp.issubdtype(leaf.dtype, jnp.floating)

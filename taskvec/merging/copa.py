@@ -6,8 +6,10 @@ import jax.numpy as jnp
 
 from taskvec.merging.registry import Card, method
 from taskvec.transforms.base import Array, Leaf, Transform, check_fraction
+from taskvec.transforms.matrices import input_first
 from taskvec.transforms.order import kth_magnitude
-from taskvec.transforms.solve import by_output, input_first, mean
+from taskvec.transforms.reduce import mean
+from taskvec.transforms.solve import by_output
 
 
 def merge_factors(a_TxRxI: Array, b_TxOxR: Array, density: float, quantile: float, fuse: float) -> tuple[Array, Array]:

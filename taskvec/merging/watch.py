@@ -17,7 +17,7 @@ import numpy as np
 from jax.extend import core
 
 from taskvec import tree as trees
-from taskvec.transforms.solve import input_first
+from taskvec.transforms.matrices import input_first
 from taskvec.tree import Tree
 
 Array = jax.Array

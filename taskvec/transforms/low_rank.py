@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from taskvec.transforms.base import Array, Leaf, Transform, check_fraction
-from taskvec.transforms.reduce import weighted_sum
+from taskvec.transforms.matrices import matrix_named
+from taskvec.transforms.reduce import mean, weighted_sum
 from taskvec.transforms.singular import check_solver, top_singular
-from taskvec.transforms.spectral import averaged, matrix_named
 from taskvec.transforms.stored import Dense, LowRank
 
 
@@ -36,12 +36,12 @@ def _recentre(density: float, solver: str, matrices: str) -> Transform:
     chosen = matrix_named(matrices)
 
     def apply(x: Array, leaf: Leaf, stats: tuple) -> Array:
-        mean = averaged(x)
+        average = mean(x)
         if not leaf.satisfies(chosen):
-            return mean
+            return average
         with jax.default_matmul_precision("highest"):
-            u, s, vt = cut(x - mean, fraction_of_rank(density, x.shape[1:]), solver)
-            return mean + stats[0] * weighted_sum([1.0] * len(x), jnp.einsum("tmk,tkn->tmn", u * s[:, None], vt))
+            u, s, vt = cut(x - average, fraction_of_rank(density, x.shape[1:]), solver)
+            return average + stats[0] * weighted_sum([1.0] * len(x), jnp.einsum("tmk,tkn->tmn", u * s[:, None], vt))
 
     return Transform("recentre", apply, predicates=(chosen,), by_rows=False, constants=(1.0,))
 

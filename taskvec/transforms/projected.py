@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from taskvec.transforms.base import Array, Leaf, Transform, check_choice, check_fraction
+from taskvec.transforms.matrices import input_first, is_linear
 from taskvec.transforms.order import kth_magnitude_of
 from taskvec.transforms.reduce import weighted_sum
-from taskvec.transforms.solve import OTHERS, by_output, input_first, is_linear, minimise, rest
+from taskvec.transforms.solve import OTHERS, by_output, minimise, rest
 from taskvec.transforms.sparsify import by_task
 from taskvec.transforms.spectral import top_singular
 

@@ -65,7 +65,12 @@ def keep_tasks() -> Transform:
 @functools.cache
 def mean_tasks() -> Transform:
     """``sum_t x_t / T``: the weight average of the fine-tuned models."""
-    return Transform("mean_tasks", lambda x, leaf, stats: weighted_sum([1.0] * x.shape[0], x) / x.shape[0])
+    return Transform("mean_tasks", lambda x, leaf, stats: mean(x))
+
+
+def mean(x: Array) -> Array:
+    """``sum_t x_t / T``."""
+    return weighted_sum([1.0] * x.shape[0], x) / x.shape[0]
 
 
 @functools.cache

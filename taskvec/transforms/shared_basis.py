@@ -11,10 +11,9 @@ import numpy as np
 
 from taskvec.transforms.base import Array, Chain, Leaf, Measure, ModelInfo, Transform, check_choice, check_fraction
 from taskvec.transforms.lifted import View, lifted
+from taskvec.transforms.matrices import input_first, matrix_named, turned
 from taskvec.transforms.order import kth_magnitude_of
 from taskvec.transforms.singular import singular
-from taskvec.transforms.spectral import is_kernel, turned
-from taskvec.tree import is_matrix
 
 
 @functools.cache
@@ -31,6 +30,7 @@ def in_shared_basis(inner: Transform | Chain, floor: float = 1e-5) -> Transform:
       floor: singular values up to this, in the unit of the weights, count as zero (released code); and always
         those that are rounding noise.
     """
+    matrix = matrix_named("")
 
     def basis(tau: Array) -> Array:
         """``U [M, M]``, zero columns beyond the rank."""
@@ -45,7 +45,7 @@ def in_shared_basis(inner: Transform | Chain, floor: float = 1e-5) -> Transform:
             return jax.lax.optimization_barrier(jnp.stack([u.T @ x for x in tau]))
 
     def parts_of(x: Array, leaf: Leaf) -> list[View]:
-        if not leaf.satisfies(is_matrix):
+        if not leaf.satisfies(matrix):
             return [(x, leaf)]
         if x.ndim != leaf.theta0.ndim + 1:
             raise ValueError("in_shared_basis takes one vector a task: put it before reductions such as sum_tasks()")
@@ -54,12 +54,12 @@ def in_shared_basis(inner: Transform | Chain, floor: float = 1e-5) -> Transform:
         return [(coordinates, dataclasses.replace(leaf, theta0=jnp.zeros_like(theta0), tau=coordinates))]
 
     def join(done: list[Array], x: Array, leaf: Leaf) -> Array:
-        if not leaf.satisfies(is_matrix):
+        if not leaf.satisfies(matrix):
             return done[0]
         with jax.default_matmul_precision("highest"):
             return turned(basis(turned(x, leaf)) @ done[0], leaf)
 
-    return lifted("in_shared_basis", inner, parts_of, join, (is_matrix, is_kernel))
+    return lifted("in_shared_basis", inner, parts_of, join, (matrix, input_first))
 
 
 @functools.cache

@@ -4,45 +4,22 @@ They work on every matrix of a linear layer by itself, as ``[out, in]``, a layer
 """
 
 import functools
-import re
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from taskvec.transforms.base import Array, Leaf, Measure, Transform, check_choice
-from taskvec.transforms.reduce import weighted_sum
+from taskvec.transforms.matrices import input_first, is_linear, turned
+from taskvec.transforms.reduce import mean, weighted_sum
 from taskvec.transforms.sparsify import by_task
 
-_TABLE = re.compile(r"embed|wte|wpe|(?:^|[./])shared(?:[./]|$)|relative_attention_bias")
-_GPT2 = re.compile(r"(?:^|[./])h[./]\d+[./].*(?:c_attn|c_proj|c_fc|q_attn)[./]weight$")
 OTHERS = ("mean", "pretrained")
-
-
-def is_linear(path: str, shape: tuple[int, ...]) -> bool:
-    """Whether a per-layer leaf is the matrix of a linear layer: two axes, and no table of embeddings by its name."""
-    return len(shape) == 2 and not _TABLE.search(path)
-
-
-def input_first(path: str, shape: tuple[int, ...]) -> bool:
-    """Whether a matrix is ``[in, out]``, ``y = x W``: leaves named ``kernel``, and GPT-2's, in Hugging Face's names.
-
-    Every other matrix is taken for ``[out, in]``, ``y = x W^T``, as PyTorch's linear layers store their ``weight``.
-    """
-    del shape
-    return re.split(r"[./]", path)[-1] == "kernel" or bool(_GPT2.search(path))
 
 
 def by_output(fn: Callable[..., Array], x: Array, leaf: Leaf) -> Array:
     """Applies ``fn: [T, out, in] -> [out, in]`` to a matrix, in the orientation that its name stands for."""
-    if leaf.satisfies(input_first):
-        return fn(x.swapaxes(-1, -2)).swapaxes(-1, -2)
-    return fn(x)
-
-
-def mean(x: Array) -> Array:
-    """Mean over the tasks."""
-    return weighted_sum([1.0] * x.shape[0], x) / x.shape[0]
+    return turned(fn(turned(x, leaf)), leaf)
 
 
 def rest(x: Array, others: str) -> Array:

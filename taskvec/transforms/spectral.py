@@ -1,41 +1,20 @@
 """Merges of weight matrices through their singular vectors.
 
 Tensors that are no matrices (biases, norms, convolutions) are averaged over the tasks. Where left and right differ,
-left is the side of a layer's outputs: the layout ``[out, in]`` of torch. Matrices whose path ends in ``kernel`` are
-``[in, out]`` (flax) and are turned round first.
+left is the side of a layer's outputs: the layout ``[out, in]`` of torch. Matrices that are stored as ``[in, out]`` (see
+`matrices.input_first`) are turned round first.
 """
 
 import functools
-import re
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from taskvec.transforms.base import Array, Leaf, Transform
-from taskvec.transforms.reduce import weighted_sum
+from taskvec.transforms.matrices import input_first, matrix_named, turned
+from taskvec.transforms.reduce import mean, weighted_sum
 from taskvec.transforms.singular import check_solver, polar, singular, tolerance, top_singular
-
-
-@functools.cache
-def matrix_named(pattern: str) -> Callable:
-    """Predicate of a leaf: a matrix (two axes) whose per-layer path the regular expression finds; "" finds all."""
-    return lambda path, shape: len(shape) == 2 and bool(re.search(pattern, path))
-
-
-def is_kernel(path: str, shape: tuple[int, ...]) -> bool:
-    """Whether a leaf is a flax kernel, ``[in, out]`` (torch stores ``[out, in]``)."""
-    return len(shape) == 2 and path.rpartition("/")[2] == "kernel"
-
-
-def turned(x: Array, leaf: Leaf) -> Array:
-    """Kernels ``[..., in, out]`` as ``[..., out, in]`` and back; the transform must list `is_kernel`."""
-    return jnp.swapaxes(x, -1, -2) if leaf.satisfies(is_kernel) else x
-
-
-def averaged(x: Array) -> Array:
-    """``sum_t x_t / T``."""
-    return weighted_sum([1.0] * x.shape[0], x) / x.shape[0]
 
 
 def _per_matrix(
@@ -48,11 +27,11 @@ def _per_matrix(
         if x.ndim != leaf.theta0.ndim + 1:
             raise ValueError(f"{name} merges one vector a task: put it before a reduction such as sum_tasks()")
         if not leaf.satisfies(chosen) or min(x.shape[1:]) < least * x.shape[0]:
-            return averaged(x)
+            return mean(x)
         with jax.default_matmul_precision("highest"):
             return turned(merged(turned(x, leaf)), leaf) if sided else merged(x)
 
-    return Transform(name, apply, predicates=(chosen, is_kernel), by_rows=False)
+    return Transform(name, apply, predicates=(chosen, input_first), by_rows=False)
 
 
 @functools.cache
@@ -194,4 +173,4 @@ def calibrate_spectrum(alpha: float | str = "1/T", solver: str = "gram", matrice
         with jax.default_matmul_precision("highest"):
             return turned(calibrated(turned(x, leaf), turned(leaf.tau, leaf)), leaf)
 
-    return Transform("calibrate_spectrum", apply, predicates=(chosen, is_kernel), by_rows=False)
+    return Transform("calibrate_spectrum", apply, predicates=(chosen, input_first), by_rows=False)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from taskvec.transforms.base import Array, Chain, Leaf, Transform
 from taskvec.transforms.lifted import View, lifted
-from taskvec.transforms.spectral import matrix_named
+from taskvec.transforms.matrices import matrix_named
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import taskvec as tv
 from taskvec import tree as trees
 from taskvec.merging.collect import collect_fisher, collect_gram, collect_gram_plusplus, stack_tasks
 from taskvec.models import bert
-from taskvec.transforms.solve import input_first, is_linear
+from taskvec.transforms.matrices import input_first, is_linear
 
 CONFIG = bert.Config(
     vocab_size=23,

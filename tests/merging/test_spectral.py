@@ -38,6 +38,16 @@ def assert_near(x, expected, tolerance):
     assert np.linalg.norm(x - expected) < tolerance * np.linalg.norm(expected)
 
 
+@pytest.mark.parametrize("method", ["iso_cts", "svc_ta", "knots_ties"])
+@pytest.mark.parametrize("name", ["kernel", "transformer.h.0.attn.c_attn.weight"])
+def test_either_layout_of_a_linear_layer_merges_alike(method, name):
+    taus = RNG.standard_normal((2, 24, 16))
+    stored = merged(method, taus.swapaxes(1, 2), name)
+    np.testing.assert_allclose(stored.T, merged(method, taus, "fc.weight"), atol=1e-4)
+    other_way_round = merged(method, taus, name)
+    assert np.abs(other_way_round - stored.T).max() > 1e-2  # sides matter to these methods
+
+
 def low_rank_taus(tasks, n, rank):
     return np.stack([RNG.standard_normal((n, rank)) @ RNG.standard_normal((rank, n)) for _ in range(tasks)])
 
