@@ -117,7 +117,8 @@ def experts(name: str, seeds: int, recipe: str, train: str = "full") -> ml_colle
     config.text_model = ""  # folder of the text tower for prompts, where the model's has none
     config.eval_batch_size = 64
     config.augment = False  # random crops of training images, as in open_clip
-    # Options of the forward pass; "" and 0: none. All layers unrolled make steps on CPU faster and compilation longer.
+    # Options of the forward pass in training and adapting (scoring is in float32); "" and 0: none. All layers unrolled
+    # make steps on CPU faster and compilation longer.
     config.compute = ml_collections.ConfigDict({"dtype": "", "remat": "", "unroll": 0})
     config.checkpoint_every = 200  # batches
     what = "full" if of_all else train

@@ -2,9 +2,10 @@
 
     python -m experiments.benchmark --config=configs/vision3.py --workdir=results/vision3
 
-Leaves ``result.jsonl`` (one row a method and seed), ``report.md``, ``accuracy.png`` and, of every method that learns
-coefficients, ``coefficients_LABEL`` as npz, json and png. Every method sees the same rows, heads and experts; what it
-may look at stands in its row.
+Leaves ``result.jsonl`` (one row per method and seed), ``report.md``, ``accuracy.png`` and, of every method that learns
+coefficients, ``coefficients_LABEL`` as npz, json and png: for each task, ``coefficients_LABEL_TASK``, where each is
+learned from the others' vectors, and of further seeds ``coefficients_LABEL_seed1``. Every method sees the same rows,
+heads and experts; what it may look at stands in its row.
 
 One that was killed begins anew, but goes on within the rows that learn coefficients, masks, heads or adapters.
 

@@ -5,7 +5,7 @@ Most learn one model for all tasks. Others are about one task: a pool of the oth
 ``control_task``). Those of `augment.METHODS` take images at random crops with the setting ``augment``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,8 +27,8 @@ from taskvec.io.progress import bar
 from taskvec.modular import results
 from taskvec.modular.results import Merged
 from taskvec.training.heads import Heads
-from taskvec.tree import Tree
 
+TAUGHT = ("divmerge", "samerging", "symerge")  # by the experts' features
 TOKENWISE = ("prodistill", "surgery_v2")  # look at the tokens of every row: texts stand alone
 ONE_OUT = ("atlas_few_shot", "atlas_ufm", "lorahub")
 PAIRED = ("self_positioning",)
@@ -38,11 +38,25 @@ NO_STEPS = ("fw_hard", "sens_merging")  # nothing of them is kept
 ADAPT = ("unlabelled test", "unlabelled train")  # rows beside the labelled ones, as published and inductive
 
 
+class CoefficientTable(NamedTuple):
+    """Coefficients ``[G, T]``, or ``[G, T, K]`` by parts of tensors, with what their axes are."""
+
+    values: np.ndarray
+    groups: Sequence[str]
+    tasks: Sequence[str]
+
+
 class Found(NamedTuple):
-    """What a method gives on a benchmark: the result; its coefficients and groups, and trained heads, if there are."""
+    """What a method gives on a benchmark.
+
+    Attributes:
+      merged: the result.
+      coefficients: by the name of the task that they are for, or ``""`` for all; empty where none were learned.
+      heads: that were trained, in place of the fixed ones.
+    """
 
     merged: Merged
-    coefficients: tuple | None = None
+    coefficients: Mapping[str, CoefficientTable] = {}
     heads: Heads | None = None
 
 
@@ -57,35 +71,63 @@ def settings_of(name: str) -> dict[str, Any]:
     return {**given, **more}
 
 
-def learn(bench: Bench, name: str, data: str, settings: dict[str, Any], checkpoint: Checkpoint | None = None) -> Found:
-    """Runs a registered adaptive method; `data` says which rows it may look at, `checkpoint` where it goes on."""
+def learn(
+    bench: Bench,
+    name: str,
+    data: str,
+    settings: dict[str, Any],
+    checkpoint: Checkpoint | None = None,
+    teacher: Sequence[np.ndarray] | None = None,
+) -> Found:
+    """Runs a registered adaptive method.
+
+    Args:
+      bench: with its experts.
+      name: of the method.
+      data: which rows it may look at.
+      settings: of the method, and those of `settings_of`.
+      checkpoint: where it goes on.
+      teacher: features of every task's rows by its expert, where they are known; for `TAUGHT`.
+    """
+    names = [task.name for task in bench.tasks]
     if name in ONE_OUT:
-        return Found(results.per_task(_one_by_one(bench, name, data, dict(settings), checkpoint)))
+        each = _one_by_one(bench, name, data, dict(settings), checkpoint)
+        tables = {}
+        for task, found in zip(names, each, strict=True):
+            tables |= _tables(found, [other for other in names if other != task], task)
+        return Found(results.per_task([found.params for found in each]), tables)
     given = rows(bench, data, packed=name not in TOKENWISE)
+    if teacher is not None:
+        given = given._replace(targets=[{"features": features_Nxd} for features_Nxd in teacher])
     if name == "atlas" and settings.get("augment"):
         settings = {**settings, "validation": given}
         given = cropped(bench, name, given, splits(bench, data))
     settings = {key: value for key, value in settings.items() if key != "augment"}
     if name == "atlas_negation":
-        names = [task.name for task in bench.tasks]
         target, control = (names.index(settings[key]) for key in NEGATION)
         rest = {key: value for key, value in settings.items() if key not in NEGATION}
         pair = negation(problem(bench), target, control), given.only([target, control])
         found = _run(bench, name, *pair, rest, checkpoint)
-        return Found(results.static(found.params))
+        return Found(results.static(found.params), _tables(found, [names[target]]))
     if name in PAIRED:
         given = pairs(given, bench.seed)
     if "adapt" in (known := settings_of(name)):
         settings = {**settings, "adapt": rows(bench, settings.get("adapt", known["adapt"]))}
     found = _run(bench, name, problem(bench), given, settings, checkpoint)
-    table = None if found.coefficients is None else (found.groups, found.coefficients)
-    return Found(found.merged or results.static(found.params), table, found.heads)
+    merged = found.merged or results.static(found.params)
+    if found.heads is not None:  # one encoder, but every task needs its own trained head
+        merged = merged._replace(kind="task-conditioned")
+    return Found(merged, _tables(found, names), found.heads)
+
+
+def _tables(found: Learned, tasks: Sequence[str], name: str = "") -> dict[str, CoefficientTable]:
+    return {} if found.coefficients is None else {name: CoefficientTable(found.coefficients, found.groups, tasks)}
 
 
 def _one_by_one(
     bench: Bench, name: str, data: str, settings: dict[str, Any], checkpoint: Checkpoint | None
-) -> list[Tree]:
-    """Each task's own model, learned by a method of `ONE_OUT` from the other tasks' vectors.
+) -> list[Learned]:
+    """Each task's own result, learned by a method of `ONE_OUT` from the other tasks' vectors.
 
     Where the best epoch is kept, rows are drawn from the training rows and the epoch is chosen on the held-out ones.
     """
@@ -98,15 +140,15 @@ def _one_by_one(
         whole = problem(bench)
         features = [features_of(whole, whole.theta0, plain, t) for t in range(whole.num_tasks)]
         del whole  # the task vectors are made anew, less one, for every task
-    params = []
+    each = []
     for t in range(len(bench.tasks)):
         more = {"validation": rows(bench, data).only([t])} if best else {}
         if settings.get("select") == "feature":
             more["pool"] = [z_Nxd for s, z_Nxd in enumerate(features) if s != t]
         own = checkpoint and checkpoint.part(f"without_{bench.tasks[t].name}")
         whole = one_out(problem(bench), t)
-        params.append(_run(bench, name, whole, given.only([t]), {**settings, **more}, own).params)
-    return params
+        each.append(_run(bench, name, whole, given.only([t]), {**settings, **more}, own))
+    return each
 
 
 def _run(
@@ -126,7 +168,7 @@ def problem(bench: Bench) -> Problem:
     """What adaptive methods merge."""
     model, theta0 = bench.base.model, bench.base.pretrained
     tau = tv.task_vectors(theta0, bench.experts, bench.config.tau_dtype)
-    return Problem(model.apply, theta0, tau, bench.heads, model.scanned)
+    return Problem(bench.base.tuner.apply_fn, theta0, tau, bench.heads, model.scanned)
 
 
 def one_out(whole: Problem, task: int) -> Problem:

@@ -19,11 +19,13 @@ from taskvec.io.safetensors_format import write_text
 from taskvec.merging import registry
 
 BEST_STATIC = "best static"
+_HEADED = ("symerge", *few_shot_heads.SETTINGS)  # methods that train heads
 
 
 def in_order(config: Any) -> list[str]:
-    """The labels to run, the individual experts before whatever is taught by them."""
-    return sorted(config.methods, key=lambda label: method_of(config, label) in STANDING)
+    """The labels to run: the experts first, whose features teach others; last what stands on earlier rows."""
+    rank = lambda name: 0 if name == "individual" else 2 if name in STANDING else 1
+    return sorted(config.methods, key=lambda label: rank(method_of(config, label)))
 
 
 def method_of(config: Any, label: str) -> str:
@@ -51,6 +53,9 @@ def check(config: Any, workdir: pathlib.Path) -> None:
                 raise ValueError(f"{label} builds on {', '.join(map(repr, missing))}, which is not in config.methods")
             if name in few_shot_heads.SETTINGS and method_of(config, settings["on"]) not in few_shot_heads.ALLOWED:
                 raise ValueError(f"{label} stands on {settings['on']!r}; allowed: {', '.join(few_shot_heads.ALLOWED)}")
+            if name == "surgery" and method_of(config, settings["on"]) in _HEADED:
+                raise ValueError(f"{label} stands on {settings['on']!r}, whose heads are no more those of the experts")
+            _check_access(config, label)
             if "on" in settings and name not in STANDING:
                 _check_on(config, label, settings["on"])
             continue
@@ -68,6 +73,25 @@ def check(config: Any, workdir: pathlib.Path) -> None:
             )
     suites.parse(config.suite)
     workdir.mkdir(parents=True, exist_ok=True)
+
+
+def _access(config: Any, label: str) -> str | None:
+    """Which rows a label may look at, by its settings or its method's card."""
+    name = method_of(config, label)
+    methods = next((m for m in (adaptive_registry.methods(), registry.methods()) if name in m), {})
+    return config.settings[label].get("data", methods[name].card.data if methods else None)
+
+
+def _check_access(config: Any, label: str) -> None:
+    """Held-out rows there are where a row looks at them; none that says so stands on one that saw test rows."""
+    data, on = _access(config, label), config.settings[label].get("on")
+    if data in ("unlabelled train", "few labelled") and config.suite.held_out == 0:
+        raise ValueError(f"{label} has data={data!r}, held-out training rows, but config.suite.held_out is 0: raise it")
+    if data == "unlabelled train" and on in config.methods and _access(config, on) == "unlabelled test":
+        raise ValueError(
+            f"{label} has data={data!r} but stands on {on!r}, which sees test rows: let it stand on a row that does "
+            "not, or set data='unlabelled test'"
+        )
 
 
 def _check_on(config: Any, label: str, on: str) -> None:
@@ -110,18 +134,18 @@ class Table:
         self.config = config
         self.rows: list[rows_lib.Row] = []
         self.correct: dict[str, list[list[np.ndarray]]] = {}  # label -> seeds -> tasks -> [N]
-        self.coefficients: dict[str, coefficients.Coefficients] = {}
+        self.coefficients: dict[str, coefficients.Coefficients] = {}  # those that are not written yet
 
     def add(self, bench: Bench, label: str, outcome: Outcome) -> str:
         """Scores an outcome on the test rows; returns a line for the terminal."""
         names = [task.name for task in bench.tasks]
         per_task, correct = accuracy(outcome.scorer(bench), outcome.test, [task.test.labels for task in bench.tasks])
         self.correct.setdefault(label, []).append(correct)
-        if outcome.coefficients is not None:
-            groups, values = outcome.coefficients
+        for task, (values, groups, tasks) in outcome.coefficients.items():
             method, settings = method_of(self.config, label), outcome.settings
-            found = coefficients.of(bench.base.pretrained, values, groups, names, method, settings, bench.seed)
-            self.coefficients.setdefault(label, found)
+            found = coefficients.of(bench.base.pretrained, values, groups, tasks, method, settings, bench.seed)
+            seed = "" if bench.seed == self.config.seeds[0] else f"seed{bench.seed}"
+            self.coefficients["_".join(filter(None, (label, task, seed)))] = found
         row = rows_lib.Row(
             label=label,
             method=method_of(self.config, label),
@@ -160,9 +184,10 @@ class Table:
             np.stack([mean_of(label) for label in config.methods]),
             title=f"Test accuracy (%), {config.name}, mean of {_seeds(rows)}",
         )
-        for label, found in self.coefficients.items():
-            coefficients.save(workdir / f"coefficients_{label}", found)
-            figures.coefficients(workdir / f"coefficients_{label}.png", found.groups, found.tasks, found.values)
+        for name, found in self.coefficients.items():
+            coefficients.save(workdir / f"coefficients_{name}", found)
+            figures.coefficients(workdir / f"coefficients_{name}.png", found.groups, found.tasks, found.values)
+        self.coefficients.clear()  # of the next seed there will be others
 
     def claims(self) -> list[tuple[str, str, float, float]]:
         """The config's claims with their paired differences: ``(lower, higher, difference, standard error)``."""

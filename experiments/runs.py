@@ -1,7 +1,6 @@
 """One function a kind of method: each takes a `Bench` and settings and returns what to score and what to record."""
 
 import functools
-import inspect
 import itertools
 import pathlib
 import time
@@ -16,6 +15,7 @@ import taskvec.modular.surgery as surgery_lib
 from experiments import collected, few_shot_heads, learning, prepare, resume, together
 from experiments.prepare import Bench
 from taskvec.adaptive import registry as adaptive_registry
+from taskvec.adaptive.fit import Loop
 from taskvec.analysis import storage
 from taskvec.evaluation import scorers
 from taskvec.evaluation.evaluate import scored
@@ -39,7 +39,7 @@ class Outcome(NamedTuple):
       settings: all settings, resolved.
       seconds: of merging or adapting, a search on held-out rows included; scoring on test rows is not.
       data_access: as in a result row.
-      coefficients: ``(groups, [G, T])`` of an adaptive method, ``[G, T, K]`` by parts of tensors.
+      coefficients: of an adaptive method, see `learning.Found`.
       heads: trained in place of the fixed ones.
       classifiers: functions from features to logits in place of heads, one a task.
       storage_bits: of a merge, as in a result row.
@@ -51,7 +51,7 @@ class Outcome(NamedTuple):
     settings: dict[str, Any]
     seconds: float
     data_access: str = "none"
-    coefficients: tuple | None = None
+    coefficients: Mapping[str, learning.CoefficientTable] = {}
     heads: Heads | None = None
     classifiers: list[Callable] | None = None
     storage_bits: int | None = None
@@ -90,7 +90,7 @@ def _evaluated(bench: Bench, merged: Merged, **fields) -> Outcome:
     rows = lambda split: [bench.batches(t, split) for t in range(len(bench.tasks))]
     scorer = bench.scorer if merged.apply_fn is None else scorers.of_heads(merged.apply_fn, bench.heads)
     outputs = lambda split: scored(scorer, merged, rows(split)).outputs
-    return Outcome(merged=merged, test=outputs("test"), held_out=lambda: outputs("held_out"), **fields)
+    return Outcome(merged=merged, test=outputs("test"), held_out=functools.cache(lambda: outputs("held_out")), **fields)
 
 
 def pretrained(bench: Bench, settings: dict, done: Mapping) -> Outcome:
@@ -162,12 +162,15 @@ def adaptive(bench: Bench, name: str, settings: dict, done: Mapping, folder: pat
     """A registered adaptive method; ``data`` says which rows it may look at, by default those of its card.
 
     ``on`` of those that have it (SurgeryV2) is an earlier run, or a data-free method with its published settings.
-    `folder` is where it keeps its state.
+    What is taught by the experts' features takes those of the row ``individual``. `folder` is where it keeps its state.
     """
     data, on = settings.pop("data", adaptive_registry.get(name).card.data), settings.get("on")
     given = {**settings, "on": done[on].merged.params_for(0)} if on in done else settings
+    teacher = None
+    if name in learning.TAUGHT and "individual" in done:
+        teacher = done["individual"].test if data == "unlabelled test" else done["individual"].held_out()
     with resume.row(folder) as row:
-        found = learning.learn(bench, name, data, given, row.checkpoint)
+        found = learning.learn(bench, name, data, given, row.checkpoint, teacher)
         seconds = row.seconds
     access = [data, known["adapt"]] if "adapt" in (known := {**learning.settings_of(name), **settings}) else [data]
     return _evaluated(
@@ -187,11 +190,6 @@ def seen(*access: str) -> str:
     return next(each for each in order if each in access)
 
 
-_PARAMETERS = inspect.signature(surgery_lib.train).parameters.values()
-_NOT_SETTINGS = ("seed", "chunk", "on_chunk")
-SURGERY = {p.name: p.default for p in _PARAMETERS if p.kind is p.KEYWORD_ONLY and p.name not in _NOT_SETTINGS}
-
-
 def surgery(bench: Bench, settings: dict, done: Mapping) -> Outcome:
     """Representation Surgery on the merged model of an earlier run, ``on``; features are computed once and cached."""
     settings = dict(settings)
@@ -202,16 +200,17 @@ def surgery(bench: Bench, settings: dict, done: Mapping) -> Outcome:
     start = time.perf_counter()
     merged = done[on].test if transductive else done[on].held_out()
     teacher = done["individual"].test if transductive else done["individual"].held_out()
-    steps = sum(map(len, merged)) if settings.get("once") else {**SURGERY, **settings}["steps"]
-    with bar(f"Surgery on {on}, seed {bench.seed}", steps) as update:
+    with bar(f"Surgery on {on}, seed {bench.seed}") as update:
+        begin = lambda steps: update(0, total=steps)
         show = lambda step, metrics: update(step, f"l1 {metrics['loss'][-1]:.3f}")
-        adapters = surgery_lib.train(merged, teacher, seed=bench.seed, on_chunk=show, **settings)
-    correct = lambda features: [np.asarray(surgery_lib.apply(adapters, t, z)) for t, z in enumerate(features)]
+        loop = Loop(on_start=begin, on_chunk=show)
+        found = surgery_lib.train(merged, teacher, seed=bench.seed, loop=loop, **settings)
+    correct = lambda features: [np.asarray(found(t, z)) for t, z in enumerate(features)]
     return Outcome(
-        merged=results.corrected(done[on].merged, lambda t, z: surgery_lib.apply(adapters, t, z)),
+        merged=results.corrected(done[on].merged, found),
         test=correct(done[on].test),
         held_out=lambda: correct(done[on].held_out()),
-        settings={"on": on, **SURGERY, **settings},
+        settings={"on": on, **STANDING["surgery"], **settings},
         seconds=time.perf_counter() - start,
         data_access=seen(data, done[on].data_access),
     )
@@ -242,4 +241,5 @@ KINDS = {
     **{kind: functools.partial(trained, kind) for kind in together.KINDS},
 }
 # Settings, but `data` and `on`, of what stands on an earlier run and comes after all that do not.
-STANDING = {"surgery": SURGERY, **few_shot_heads.SETTINGS}
+_SURGERY = {key: value for key, value in adaptive_registry.get("surgery").defaults.items() if key != "on"}
+STANDING = {"surgery": _SURGERY, **few_shot_heads.SETTINGS}

@@ -4,7 +4,9 @@
 
 Settings of the released code: rank 16, Adam 1e-3, 500 iterations of two batches of 16 test rows a task, a step after
 each: 1000 steps. The paper's form is not centred. Below: task arithmetic and TIES at 0.3, layer-wise AdaMerging.
-``surgery_online``: the authors' online variant, every test row once and alone.
+``surgery_online``: the authors' online variant, every test row once and alone. ``surgery_fusion_bench``: on features of
+unit norm, with one batch a task and iteration, 1000 iterations; no number of it was seen. ``surgery_inductive`` and the
+AdaMerging that it stands on see held-out training rows.
 
 | 8 tasks | protocol | B/32 | B/16 | L/14 |
 | --- | --- | ---: | ---: | ---: |
@@ -19,14 +21,16 @@ Later papers have 87.5 for the last row on B/32, with a larger rank; 14 and 20 t
 
 from configs import adaptive
 
+_ADAMERGING = {
+    "method": "adamerging", "mode": "tensor", "plus_plus": False, "constraint": "clip", "init": 0.3, "steps": 500,
+    "learning_rate": 1e-3, "per_task": 16,
+}  # fmt: skip
 MERGED = {
     "task_arithmetic": {"scale": 0.3},
     "ties": {"scale": 0.3},
-    "adamerging": {
-        "mode": "tensor", "plus_plus": False, "constraint": "clip", "init": 0.3, "steps": 500, "learning_rate": 1e-3,
-        "per_task": 16, "data": "unlabelled test",
-    },
-}  # fmt: skip
+    "adamerging": {**_ADAMERGING, "data": "unlabelled test"},
+    "adamerging_inductive": {**_ADAMERGING, "data": "unlabelled train"},
+}
 
 
 def get_config(arg=None):
@@ -36,12 +40,15 @@ def get_config(arg=None):
 
 def rows(arg):
     """The rows of this method, and those that it stands on."""
-    every = {
-        "method": "surgery", "rank": 16, "center": False, "steps": 1000, "batch_size": 16, "learning_rate": 1e-3,
-        "data": "unlabelled test",
-    }  # fmt: skip
-    others = {f"surgery_{on}": {**every, "on": on} for on in ("weight_average", "task_arithmetic", "ties")}
-    inductive = {**every, "on": "adamerging", "data": "unlabelled train"}
-    ada = {**every, "on": "adamerging"}
-    online = {name: x for name, x in ada.items() if name not in ("steps", "batch_size")} | {"once": True}
-    return {**MERGED, **others, "surgery_inductive": inductive, "surgery_online": online, "surgery": ada}
+    every = {"method": "surgery", "rank": 16, "learning_rate": 1e-3}
+    published = {**every, "center": False, "steps": 1000, "per_task": 16, "data": "unlabelled test"}
+    others = {f"surgery_{on}": {**published, "on": on} for on in ("weight_average", "task_arithmetic", "ties")}
+    ada = {**published, "on": "adamerging"}
+    return {
+        **MERGED,
+        **others,
+        "surgery_inductive": {**published, "on": "adamerging_inductive", "data": "unlabelled train"},
+        "surgery_online": {**every, "on": "adamerging", "once": True, "data": "unlabelled test"},
+        "surgery_fusion_bench": {**ada, "normalise": True},
+        "surgery": ada,
+    }

@@ -27,5 +27,5 @@ def rows(arg):
     }  # fmt: skip
     test = {**every, "data": "unlabelled test"}
     others = {f"surgery_v2_{on}": {**test, "on": on} for on in ("weight_average", "task_arithmetic", "ties")}
-    inductive = {**every, "on": "adamerging", "data": "unlabelled train"}
+    inductive = {**every, "on": "adamerging_inductive", "data": "unlabelled train"}
     return {**MERGED, **others, "surgery_v2_inductive": inductive, "surgery_v2": {**test, "on": "adamerging"}}

@@ -36,6 +36,7 @@ from taskvec.tree import Tree
 
 Array = jax.Array
 
+STEPS_AT_ONCE = 50  # in one call of the compiled program: a step takes a millisecond
 # Of `fit.Loop`, by both versions.
 NOT_HEEDED = {"evaluate": "it trains adapters beside a merged model", "pieces": "it takes no gradient of the merge"}
 
@@ -56,9 +57,28 @@ class Adapters(NamedTuple):
     scale: Array
 
 
-def apply(adapters: Adapters, task: int, features: Array) -> Array:
-    """Corrected features of one task's rows: ``[N, d] -> [N, d]``."""
-    return _correct(jax.tree.map(lambda x: x[task], adapters), jnp.asarray(features))
+class Correction(NamedTuple):
+    """What `train` gives: ``(task, features [N, d]) -> [N, d]``.
+
+    Attributes:
+      adapters: of all tasks.
+      normalise: whether it corrects features of unit norm, not those before.
+      history: ``loss`` ``[n]`` and ``l1`` ``[n, T]`` (``[n, 1]`` with ``once``).
+    """
+
+    adapters: Adapters
+    normalise: bool
+    history: dict[str, np.ndarray]
+
+    def __call__(self, task: int, features: Array) -> Array:
+        tasks = len(self.adapters.up)
+        if not 0 <= task < tasks:
+            raise ValueError(f"task {task}, but there are corrections of {tasks} tasks")
+        return _correct(jax.tree.map(lambda x: x[task], self.adapters), _units(self.normalise, features))
+
+
+def _units(normalise: bool, z: Array) -> Array:
+    return heads.normalise(jnp.asarray(z)) if normalise else jnp.asarray(z)
 
 
 def _correct(adapter: Adapters, z_Nxd: Array) -> Array:
@@ -85,14 +105,14 @@ def train(
     *,
     rank: int = 16,
     center: bool = False,
+    normalise: bool = False,
     steps: int = 1000,
-    batch_size: int = 16,
-    once: bool = False,
     learning_rate: float = 1e-3,
+    per_task: int = 16,
+    once: bool = False,
     seed: int = 0,
-    chunk: int = 50,
-    on_chunk: Callable | None = None,
-) -> Adapters:
+    loop: Loop = Loop(),
+) -> Correction:
     """Trains the corrections of T tasks side by side on cached features.
 
     The published run takes 500 iterations of two batches of 16 a task, with a step of Adam after every batch: our
@@ -103,38 +123,18 @@ def train(
     Args:
       merged: T arrays ``[N_t, d]``, features of the merged model, not normalised.
       expert: T arrays ``[N_t, d]``, features of each task's own model on the same rows.
-      rank: r.
-      center: centred form (see the module's docstring); False is the paper's.
-      steps: of Adam, each on one batch of every task.
-      batch_size: rows a task and step, drawn with replacement.
       once: the authors' online variant: one task after the other, every row once, in random order, one a step;
-        `steps` and `batch_size` do not count, and ``l1`` is ``[n, 1]``.
-      learning_rate: of Adam.
-      seed: of the rows drawn and of D.
-      chunk, on_chunk: see `adaptive.fit.fit`; the metrics are ``loss`` ``[n]`` and ``l1`` ``[n, T]``.
+        `steps` and `per_task` do not count.
+      rank, center, normalise, steps, learning_rate, per_task, seed, loop: see `surgery`.
 
     Raises:
       ValueError: shapes do not pair up.
     """
-    loop, size = Loop(chunk=chunk, on_chunk=on_chunk), None if once else batch_size
-    return _trained(merged, expert, rank, center, steps, size, learning_rate, seed, loop)[0]
-
-
-def _trained(
-    merged: Sequence[np.ndarray],
-    expert: Sequence[np.ndarray],
-    rank: int,
-    center: bool,
-    steps: int,
-    batch_size: int | None,
-    learning_rate: float,
-    seed: int,
-    loop: Loop,
-) -> tuple[Adapters, FitResult]:
     shapes = [(z.shape, y.shape) for z, y in zip(merged, expert, strict=True)]
     if any(z != y or len(z) != 2 or z[1] != shapes[0][0][1] or z[0] == 0 for z, y in shapes):
         raise ValueError(f"merged and expert features must be [N_t, d] in pairs, found {shapes}")
     counts = np.array([len(z) for z in merged])
+    merged, expert = ([np.asarray(_units(normalise, z)) for z in each] for each in (merged, expert))
     start = init_adapters(merged, rank, center, seed)
 
     def pad(rows):
@@ -142,7 +142,7 @@ def _trained(
 
     def batches(step):
         rng = np.random.default_rng([seed, step])
-        return rng.integers(0, counts[:, None], (len(counts), batch_size), dtype=np.int32)
+        return rng.integers(0, counts[:, None], (len(counts), per_task), dtype=np.int32)
 
     def loss_fn(learnables, frozen, rows_TxB, key):
         z_TxBxd, y_TxBxd = (jax.vmap(lambda x, rows: x[rows])(x, rows_TxB) for x in frozen["features"])
@@ -150,15 +150,15 @@ def _trained(
         l1_T = objectives.l1(jax.vmap(_correct)(adapters, z_TxBxd), y_TxBxd)
         return l1_T.sum(), {"l1": l1_T}
 
-    run = make_fit(loss_fn, optax.adam(learning_rate), chunk=loop.chunk)
+    run = make_fit(loss_fn, optax.adam(learning_rate), chunk=loop.chunk or STEPS_AT_ONCE)
     frozen = {"features": (pad(merged), pad(expert)), "center": start.center, "scale": start.scale}
     frozen = jax.tree.map(jnp.asarray, frozen)
     learnables = {"down": start.down, "up": start.up}
-    if batch_size is None:
+    if once:
         done = _one_pass(run, learnables, frozen, counts, seed, loop)
     else:
         done = run(learnables, batches, steps, frozen=frozen, **loop.watch())
-    return start._replace(**done.learnables), done
+    return Correction(start._replace(**done.learnables), normalise, done.history)
 
 
 def _one_pass(
@@ -255,15 +255,16 @@ def surgery(
     """
     problem.check_not_linear("surgery")
     loop.refuse("surgery", **NOT_HEEDED)
+    if len(rows.counts) != problem.num_tasks:
+        raise ValueError(
+            f"rows of {len(rows.counts)} tasks for {problem.num_tasks} task vectors: give rows of every task"
+        )
     params = merged_model(problem, on)
     rows = rows if rows.targets else with_targets(problem, rows)
     mine = [through(problem.apply_fn, params, rows, t)["features"] for t in range(len(rows.counts))]
     theirs = [np.asarray(targets["features"]) for targets in rows.targets]
-    of = heads.normalise if normalise else lambda z: z
-    mine, theirs = ([np.asarray(of(z)) for z in each] for each in (mine, theirs))
-    size = None if once else per_task
-    adapters, done = _trained(mine, theirs, rank, center, steps, size, learning_rate, seed, loop)
-    corrected = lambda task, z: apply(adapters, task, of(jnp.asarray(z)))
-    merged = results.corrected(results.static(params), corrected)
-    learnables = jax.tree.map(np.asarray, adapters._asdict())
-    return Learned(params, learnables, done.history, merged=merged)
+    how = {"rank": rank, "center": center, "normalise": normalise, "once": once, "per_task": per_task}
+    found = train(mine, theirs, steps=steps, learning_rate=learning_rate, seed=seed, loop=loop, **how)
+    merged = results.corrected(results.static(params), found)
+    learnables = jax.tree.map(np.asarray, found.adapters._asdict())
+    return Learned(params, learnables, found.history, merged=merged)

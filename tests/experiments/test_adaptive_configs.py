@@ -122,14 +122,21 @@ def test_all_rows_run(name, stand_in, bench, done):
 
 
 def test_surgery_v2_stands_on_an_earlier_run(stand_in, done, tmp_path, monkeypatch):
-    def stop(bench, name, data, settings, checkpoint):
-        raise LookupError(settings)
+    def stop(bench, name, data, settings, checkpoint, teacher):
+        raise LookupError(settings, teacher)
 
     monkeypatch.setattr(runs.learning, "learn", stop)
     for on, weights in (("mine", done["weight_average"].merged.params_for(0)), ("ties", "ties")):
         with pytest.raises(LookupError) as found:
             runs.run(None, "surgery_v2", {"on": on}, {"mine": done["weight_average"]})
-        assert found.value.args[0]["on"] is weights
+        assert found.value.args[0]["on"] is weights and found.value.args[1] is None
+    for data, features in (
+        ("unlabelled test", done["individual"].test),
+        ("unlabelled train", done["individual"].held_out()),
+    ):
+        with pytest.raises(LookupError) as found:  # taught by features that are there already
+            runs.run(None, "divmerge", {"data": data}, {"individual": done["individual"]})
+        assert found.value.args[1] is features
     config = config_of("surgery_v2", stand_in)
     config.methods = ("surgery_v2", "adamerging", "individual")
     config.claims = ()
@@ -201,17 +208,20 @@ def test_a_benchmark_leaves_results_and_no_checkpoints(stand_in, bench, done, tm
 
     def run(bench, label, settings, done_, kept):
         kept.folder(label).mkdir(parents=True)
-        return done[label]._replace(coefficients=(groups, values) if label == "pretrained" else None)
+        table = learning.CoefficientTable(values, groups, [task.name for task in bench.tasks])
+        known = {"": table} if label == "pretrained" else {"mine": table._replace(values=values[..., 0])}
+        return done[label]._replace(coefficients=known)
 
     config = clip.get_config(stand_ins.arguments(stand_in))
-    config.methods, config.claims = ("pretrained", "individual"), ()
+    config.methods, config.claims, config.seeds = ("pretrained", "individual"), (), (bench.seed, bench.seed + 1)
     monkeypatch.setattr(benchmark, "load_base", lambda config: None)
-    monkeypatch.setattr(benchmark, "prepare", lambda config, base, seed: bench)
+    monkeypatch.setattr(benchmark, "prepare", lambda config, base, seed: bench._replace(seed=seed))
     monkeypatch.setattr(runs, "run", run)
     benchmark.benchmark(config, tmp_path)
-    names = [f"coefficients_pretrained.{kind}" for kind in ("json", "npz", "png")]
+    stems = [f"{row}{seed}" for row in ("individual_mine", "pretrained") for seed in ("", f"_seed{bench.seed + 1}")]
+    names = [f"coefficients_{stem}.{kind}" for stem in stems for kind in ("json", "npz", "png")]
     wanted = ["accuracy.png", *names, "report.md", "result.jsonl"]
     assert sorted(path.name for path in tmp_path.iterdir()) == wanted
-    found = coefficients.load(tmp_path / names[1])
+    found = coefficients.load(tmp_path / "coefficients_pretrained")
     np.testing.assert_array_equal(found.values, values)
     assert found.drawn == (3, bench.seed, False)

@@ -115,6 +115,19 @@ def test_mistakes_are_reported_before_the_work(tmp_path):
     settings = text4.get_config().settings
     settings.surgery = {"data": "unlabelled test", "on": "ties", "stpes": 3}
     refused(ValueError, "unknown settings .'stpes'", settings=settings)
+    suite = {**text4.get_config("runlocal").suite, "held_out": 0}
+    refused(
+        ValueError,
+        "adamerging_inductive has data='unlabelled train', held-out",
+        suite=suite,
+        methods=("adamerging_inductive",),
+    )
+    settings = text4.get_config().settings
+    settings.surgery_inductive.on = "adamerging"
+    refused(ValueError, "surgery_inductive has .* but stands on 'adamerging', which sees test rows", settings=settings)
+    settings = text4.get_config().settings
+    settings.adamerging = {"method": "symerge", "data": "unlabelled test"}
+    refused(ValueError, "surgery stands on 'adamerging', whose heads", settings=settings)
     refused(ValueError, "builds on 'adamerging', which is not in config.methods", methods=("surgery", "individual"))
     refused(ValueError, "config.claims names", claims=(("pretrained", "nothing"),))
     with pytest.raises(FileNotFoundError, match="neither minilm nor efficientnet_lite0 nor an existing path"):

@@ -27,16 +27,19 @@ def features(seed=0, non_negative=False, units=1.0):
     return merged, expert
 
 
-def mean_l1(adapters, merged, expert):
-    return np.mean([np.abs(surgery.apply(adapters, t, merged[t]) - expert[t]).mean() for t in range(len(merged))])
+def mean_l1(found, merged, expert):
+    return np.mean([np.abs(found(t, merged[t]) - expert[t]).mean() for t in range(len(merged))])
 
 
 @pytest.mark.parametrize("center", [True, False])
 def test_starts_as_the_identity(center):
     merged, expert = features()
-    adapters = surgery.train(merged, expert, rank=RANK, center=center, steps=0)
+    found = surgery.train(merged, expert, rank=RANK, center=center, steps=0)
     for t in (0, 1):
-        np.testing.assert_array_equal(surgery.apply(adapters, t, merged[t]), merged[t])
+        np.testing.assert_array_equal(found(t, merged[t]), merged[t])
+    with pytest.raises(ValueError, match="task 2, but there are corrections of 2 tasks"):
+        found(2, merged[1])
+    adapters = found.adapters
     assert adapters.down.shape == (2, RANK, D) and np.abs(adapters.down).max() <= 1 / np.sqrt(D)
     if not center:
         assert (adapters.center == 0).all() and (adapters.scale == 1).all()
@@ -81,23 +84,22 @@ def test_training_matches_the_formula(center, once):
     rate = 1e-2 if once else 1e-3
     how = {"learning_rate": rate, "once": once}
     trained = surgery.train(merged, expert, rank=RANK, center=center, steps=100, seed=5, **how)
-    expected = oracle(start.down, merged, expert, center, 100, 5, rate=rate, once=once)
+    expected = oracle(start.adapters.down, merged, expert, center, 100, 5, rate=rate, once=once)
     for t in (0, 1):
-        np.testing.assert_allclose(surgery.apply(trained, t, merged[t]), expected[t](merged[t]), atol=1e-4)
+        np.testing.assert_allclose(trained(t, merged[t]), expected[t](merged[t]), atol=1e-4)
 
 
 def test_moves_features_to_the_experts():
     merged, expert = features()
-    adapters = surgery.train(merged, expert, rank=D, steps=600, learning_rate=1e-2)
-    assert mean_l1(adapters, merged, expert) < 0.7 * np.mean(
+    found = surgery.train(merged, expert, rank=D, steps=600, learning_rate=1e-2)
+    assert mean_l1(found, merged, expert) < 0.7 * np.mean(
         [np.abs(z - y).mean() for z, y in zip(merged, expert, strict=True)]
     )
 
 
 def test_units_of_features_do_not_matter_when_centred():
-    small, large = (
-        surgery.train(*features(units=units), rank=RANK, center=True, steps=30, seed=1) for units in (2.0**-6, 1.0)
-    )
+    trained = lambda units: surgery.train(*features(units=units), rank=RANK, center=True, steps=30, seed=1).adapters
+    small, large = trained(2.0**-6), trained(1.0)
     np.testing.assert_allclose(small.up, large.up, atol=1e-4)  # not exact: the epsilon of Adam has units
     np.testing.assert_allclose(small.scale * 2**6, large.scale, rtol=1e-6)
 
@@ -110,12 +112,24 @@ def test_centring_keeps_the_relu_at_work_on_non_negative_features():
     y = np.maximum(0.3 * (c + 0.5 * np.tanh(c @ rng.normal(size=(8, 8)))) @ basis + 0.5, 0).astype(np.float32)
     alive, distance = {}, {}
     for center in (True, False):
-        adapters = surgery.train([z], [y], center=center, steps=300, learning_rate=1e-2)
+        found = surgery.train([z], [y], center=center, steps=300, learning_rate=1e-2)
+        adapters = found.adapters
         x = (z - adapters.center[0]) / adapters.scale[0]
         alive[center] = float(((x @ adapters.down[0].T) > 0).mean())
-        distance[center] = mean_l1(adapters, [z], [y])
+        distance[center] = mean_l1(found, [z], [y])
     assert 0.4 < alive[True] < 0.6 and alive[False] < 0.35
     assert distance[True] < 0.9 * distance[False]
+
+
+def test_of_unit_norm_as_fusion_bench_has_it():
+    merged, expert = features()
+    unit = [[z / np.linalg.norm(z, axis=1, keepdims=True) for z in each] for each in (merged, expert)]
+    start, done = (
+        surgery.train(merged, expert, rank=RANK, normalise=True, steps=steps, per_task=8, seed=5) for steps in (0, 40)
+    )
+    expected = oracle(start.adapters.down, *unit, False, 40, 5, batch_size=8)
+    for t in (0, 1):
+        np.testing.assert_allclose(done(t, merged[t]), expected[t](unit[0][t]), atol=1e-4)
 
 
 def test_shapes_must_pair_up():
@@ -130,10 +144,10 @@ def test_results_say_how_they_are_used():
     one = results.static(params)
     assert one.kind == "static" and one.params_for(0) is one.params_for(1) is params
     assert results.per_task([params, other]).params_for(1) is other
-    adapters = surgery.train(merged, expert, rank=RANK, steps=3)
-    corrected = results.corrected(one, lambda t, z: surgery.apply(adapters, t, z))
+    found = surgery.train(merged, expert, rank=RANK, steps=3)
+    corrected = results.corrected(one, found)
     assert corrected.kind == "task-conditioned" and corrected.params_for(1) is params
-    np.testing.assert_array_equal(corrected.features_for(1, merged[1]), surgery.apply(adapters, 1, merged[1]))
+    np.testing.assert_array_equal(corrected.features_for(1, merged[1]), found(1, merged[1]))
     assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), one.features_for(0, merged[0]), merged[0]))
 
 
@@ -157,5 +171,7 @@ def test_as_a_registered_method():
     for field, value in {"evaluate": object(), "pieces": 2}.items():
         with pytest.raises(ValueError, match=f"surgery takes no Loop.{field}="):
             run(loop=Loop(**{field: value}))
+    with pytest.raises(ValueError, match="rows of 1 tasks for 2 task vectors"):
+        registry.get("surgery")(problem, rows.only([0]))
     with pytest.raises(ValueError, match=r"regmean needs extras .'gram'."):
         run(on="regmean")
