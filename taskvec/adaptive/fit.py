@@ -89,7 +89,7 @@ class Loop(NamedTuple):
       chunk: most steps in one call of the compiled program, by default `default_chunk`.
       checkpoint: object with ``should_save(step)``, ``save(step, state)`` and ``restore(state) -> (step, state)`` or
         None, such as `taskvec.io.checkpoints.Checkpoint`; for what takes a `part` of a loop also with ``part(name)``,
-        another one.
+        another one. One with ``of({what: text})`` is told what a method's run depends on, to refuse another.
       on_start: called with the number of steps, before the first.
       on_chunk: called with (steps done, metrics of the chunk ``{name: [n, ...]}``), one chunk late.
       evaluate: see `Evaluate`; what it gives is in `FitResult.evaluations`. A resumed run evaluates where it resumes,

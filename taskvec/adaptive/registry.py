@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from taskvec.adaptive import fingerprint
 from taskvec.adaptive.learn import Learned
 from taskvec.merging.registry import Card, did_you_mean
 
@@ -32,7 +33,11 @@ class AdaptiveMethod:
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in NOT_SETTINGS}
 
     def __call__(self, problem: Any, rows: Any, **settings: Any) -> Learned:
-        """Runs the method, and notes in the result how; raises `ValueError` for a setting it does not have."""
+        """Runs the method, and notes in the result how, and in a checkpoint of which run it is.
+
+        Raises:
+          ValueError: a setting that it does not have; a checkpoint of another run.
+        """
         known = (*self.defaults, *NOT_SETTINGS)
         unknown = sorted(settings.keys() - set(known))
         if unknown:
@@ -40,8 +45,12 @@ class AdaptiveMethod:
             hint = did_you_mean(unknown[0], known)
             raise ValueError(f"{self.name} has no setting {', '.join(map(repr, unknown))}{hint}; it has {allowed}")
         given = {name: value for name, value in settings.items() if name not in NOT_SETTINGS}
+        whole, loop = {**self.defaults, **given}, settings.get("loop")
+        if loop is not None and hasattr(loop.checkpoint, "of"):
+            about = fingerprint.of(self.name, problem, rows, whole, settings.get("seed", 0))
+            settings["loop"] = loop._replace(checkpoint=loop.checkpoint.of(about))
         found = self.run(problem, rows, **settings)
-        return found._replace(method=self.name, settings={**self.defaults, **given})
+        return found._replace(method=self.name, settings=whole)
 
 
 def adaptive_method(name: str, card: Card) -> Callable[[Callable[..., Learned]], AdaptiveMethod]:

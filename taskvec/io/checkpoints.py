@@ -4,6 +4,7 @@ Steps lie in numbered folders that appear whole or not at all, so a run killed w
 before. Only arrays are stored: a typed PRNG key is refused (store the seed and fold in the step instead).
 """
 
+import copy
 import logging
 import os
 import pathlib
@@ -49,6 +50,7 @@ class Checkpoint:
         self.every, self._settings = every, (every, keep, seconds, on_save)
         self._seconds, self._on_save, self._last = seconds, on_save, time.monotonic()
         self._parts: list[Checkpoint] = []
+        self._run: dict[str, str] = {}
         # In step with the run: an asynchronous save could read a buffer that the next step was given to overwrite.
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, create=True, cleanup_tmp_directories=True, enable_async_checkpointing=False
@@ -75,7 +77,7 @@ class Checkpoint:
             raise TypeError(f"only arrays are saved, so that a resumed run is the same run; these are not: {odd}")
         # orbax restores numpy leaves without a device; one kind of leaf keeps save and restore alike.
         arrays = jax.tree.map(jnp.asarray, state)
-        meta = {"format": FORMAT, "shapes": _shapes(arrays)}
+        meta = {"format": FORMAT, "run": self._run, "shapes": _shapes(arrays)}
         items = ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
         self._manager.save(step, args=items, force=True)
         self._saved, self._last = step, time.monotonic()
@@ -89,31 +91,52 @@ class Checkpoint:
           abstract_state: tree of arrays or `jax.ShapeDtypeStruct`; gives structure, dtypes and shardings.
 
         Raises:
-          ValueError: the checkpoint is of another state (names or shapes differ), so of another configuration.
+          ValueError: the checkpoint is of another run (see `of`) or state (names or shapes differ).
         """
-        step = self._manager.latest_step()
+        step, meta = self._latest()
         if step is None:
             return None
-        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-        wanted, found = _shapes(abstract_state), meta["shapes"]
-        differ = sorted(path for path in wanted.keys() | found.keys() if wanted.get(path) != found.get(path))
-        if differ:
-            what = ", ".join(
-                f"{p}: {found.get(p, 'absent')} saved, {wanted.get(p, 'absent')} wanted" for p in differ[:4]
-            )
-            raise ValueError(
-                f"{self.directory} was written with another configuration ({what}); continue with that one, or choose "
-                "an empty directory to start anew"
-            )
+        self._refuse(_differences(meta["shapes"], _shapes(abstract_state)))
         abstract = jax.tree.map(_abstract, abstract_state)
         items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
         log.info("resuming from step %d of %s", step, self.directory)
         return step, self._manager.restore(step, args=items).state
 
+    def of(self, run: dict[str, str]) -> "Checkpoint":
+        """The same folder for one run: it and its parts save what the run depends on, and refuse another's state.
+
+        Args:
+          run: what it depends on, ``{what: text}``; errors name what differs.
+
+        Raises:
+          ValueError: it holds a checkpoint of another run.
+        """
+        same = copy.copy(self)
+        same._run = dict(run)
+        same._latest()
+        return same
+
     def part(self, name: str) -> "Checkpoint":
         """One for a part of the run, in a folder of its own; closed with this one. The name is no number."""
         self._parts.append(Checkpoint(self.directory / name, *self._settings))
-        return self._parts[-1]
+        return self._parts[-1].of(self._run)
+
+    def _latest(self) -> tuple[int | None, dict[str, Any]]:
+        """The latest step, if there is one, and what was noted with it."""
+        step = self._manager.latest_step()
+        if step is None:
+            return None, {}
+        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        # No "run": saved before runs were noted.
+        self._refuse(_differences(meta.get("run", {}), self._run))
+        return step, meta
+
+    def _refuse(self, differences: list[str]) -> None:
+        if differences:
+            raise ValueError(
+                f"{self.directory} was written with another configuration ({', '.join(differences[:4])}); continue "
+                "with that one, or choose an empty directory to start anew"
+            )
 
     def close(self) -> None:
         """Releases the directory."""
@@ -134,6 +157,17 @@ def _is_array(leaf: Any) -> bool:
 
 def _shapes(state: Any) -> dict[str, str]:
     return {path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in trees.flatten(state).items()}
+
+
+def _differences(found: dict[str, str], wanted: dict[str, str]) -> list[str]:
+    """What differs, in the order of what is wanted."""
+    names = [*wanted, *sorted(found.keys() - wanted.keys())]
+    get = lambda given, name: given.get(name, "absent")
+    return [
+        f"{name}: {get(found, name)} saved, {get(wanted, name)} wanted"
+        for name in names
+        if found.get(name) != wanted.get(name)
+    ]
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:

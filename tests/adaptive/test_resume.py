@@ -4,7 +4,9 @@ import jax
 import numpy as np
 import pytest
 
+from taskvec.adaptive.adamerging import adamerging
 from taskvec.adaptive.atlas import atlas
+from taskvec.adaptive.divmerge import divmerge
 from taskvec.adaptive.fit import Loop
 from taskvec.adaptive.fw_merging import fw_soft
 from taskvec.adaptive.prodistill import prodistill
@@ -62,3 +64,27 @@ def test_a_killed_run_goes_on(tmp_path, run, total, killed, left):
     jax.tree.map(np.testing.assert_array_equal, one, two)
     # The best step is one before the last checkpoint: the rest of the run cannot find it again.
     assert whole.kept is None or 0 < whole.kept < total - left
+
+
+def test_another_run_takes_no_checkpoint(tmp_path):
+    """A method, setting, seed, model or rows that differ are named; only the first run takes a step."""
+    theta0, tau, kernels, rows = toy_mlp.setting()
+    problem = toy_mlp.problem(theta0, tau, kernels)
+    other = toy_mlp.problem(theta0, {**tau, "b2": tau["b2"] + 1}, kernels)
+    fewer = rows._replace(counts=(9, 8, 29))
+    with Checkpoint(tmp_path, every=1) as checkpoint:
+        how = {"steps": 2, "per_task": 4, "learning_rate": 0.1, "loop": Loop(checkpoint=checkpoint)}
+        found = adamerging(problem, rows, **how)
+        for method, given, seen, more, match in (
+            (divmerge, problem, rows, {}, "method: 'adamerging' saved, 'divmerge' wanted"),
+            (adamerging, problem, rows, {"learning_rate": 0.5}, r"\(setting learning_rate: 0.1 saved, 0.5 wanted\)"),
+            (adamerging, problem, rows, {"steps": 3}, r"\(setting steps: 2 saved, 3 wanted\)"),
+            (adamerging, problem, rows, {"seed": 7}, r"\(seed: 0 saved, 7 wanted\)"),
+            (adamerging, problem, rows, {"init": np.full((4, 3), 0.3)}, r"\(setting init: 0.3 saved, checksum"),
+            (adamerging, other, rows, {}, r"\(tau: checksum \w+ saved, checksum \w+ wanted\); .* empty directory"),
+            (adamerging, problem, fewer, {}, r"\(rows: \[9, 8, 30\] rows, .* saved, \[9, 8, 29\] rows"),
+        ):
+            with pytest.raises(ValueError, match=match):
+                method(given, seen, **{**how, **more})
+        again = adamerging(toy_mlp.problem(*toy_mlp.setting()[:3]), toy_mlp.setting()[3], **how)
+    np.testing.assert_array_equal(again.coefficients, found.coefficients)

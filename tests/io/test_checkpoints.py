@@ -64,6 +64,22 @@ def test_another_configuration_is_refused(tmp_path):
             checkpoint.restore({"coefficients": jnp.ones((2, 3)), "rank": jnp.ones(1)})
 
 
+def test_another_run_is_refused_and_one_that_names_nothing_goes_on(tmp_path):
+    mine, other = {"method": "a", "rate": "0.1"}, {"method": "b", "rate": "0.1", "seed": "0"}
+    ones = {"coefficients": jnp.ones(2)}
+    with Checkpoint(tmp_path, every=1) as checkpoint:
+        checkpoint.of(mine).save(1, ones)
+        checkpoint.of(mine).part("first").save(1, ones)
+        assert checkpoint.of(mine).restore(ones)[0] == checkpoint.of(mine).part("first").restore(ones)[0] == 1
+        with pytest.raises(ValueError, match=r"method: a saved, b wanted, seed: absent .*empty directory"):
+            checkpoint.of(other)
+        for run in (lambda: checkpoint.restore(ones), lambda: checkpoint.part("first")):
+            with pytest.raises(ValueError, match="method: a saved, absent wanted"):
+                run()
+        checkpoint.part("plain").save(3, ones)
+        assert checkpoint.part("plain").restore(ones)[0] == 3
+
+
 @pytest.mark.parametrize("leaf", [3, jax.random.key(0)])
 def test_only_arrays_are_saved(tmp_path, leaf):
     with Checkpoint(tmp_path, every=1) as checkpoint, pytest.raises(TypeError, match="only arrays"):
