@@ -20,10 +20,12 @@ def in_pieces(gradient: Gradient, pieces: int) -> Gradient:
       pieces: n, which divides every task's rows.
 
     Raises:
-      ValueError: rows do not divide, or arrays of the batch differ in their number of rows (packed texts).
+      ValueError: rows do not divide, or texts are packed: where a task ends is not told by rows then.
     """
 
     def cut(batch: Batch, num_tasks: int) -> tuple[Batch, Batch]:
+        if "sentence" in batch:
+            raise ValueError("packed texts cannot be cut into pieces: give padded ones, or leave out Loop(pieces=...)")
         of_rows = {name: x for name, x in batch.items() if name != "tasks"}
         sizes = {x.shape[0] for x in jax.tree.leaves(of_rows)}
         tasks = len(batch["tasks"]) if "tasks" in batch else num_tasks

@@ -138,6 +138,10 @@ def test_a_step_in_pieces_is_the_same_step():
     np.testing.assert_allclose(two.learnables["lam"], one.learnables["lam"], atol=1e-4)
     with pytest.raises(ValueError, match=r"12. rows of 3 tasks cannot be cut into 3 pieces"):
         run(3)
+    one_a_row = packing.packed({"ids": np.ones((12, 4), np.int32), "mask": np.ones((12, 4), bool)}, 4)
+    assert {len(x) for x in one_a_row.values()} == {12}  # as many rows as sentences, in an order of their own
+    with pytest.raises(ValueError, match="packed texts cannot be cut into pieces"):
+        learn(p, parametrisation, entropy, lambda step: one_a_row, optax.sgd(0.1), 1, loop=Loop(pieces=2))
     for name in ("concrete_adamerging", "samerging", "symerge"):  # not the mean over pieces
         with pytest.raises(ValueError, match=r"takes no Loop.pieces="):
             registry.get(name)(p, with_targets(p, rows()), per_task=4, loop=Loop(pieces=2))
