@@ -142,7 +142,7 @@ class FitDiverged(FloatingPointError):
         hint = (
             "the first step already: look for NaN in weights, inputs and batches (vectors.check_finite)"
             if step == 0
-            else "try a smaller learning rate, or optax.clip_by_global_norm in the optimiser"
+            else "try a smaller learning rate or step size, or optax.clip_by_global_norm in the optimiser"
         )
         super().__init__(f"not finite at step {step}: {'; '.join(found)}. {hint[0].upper()}{hint[1:]}.")
 

@@ -26,7 +26,7 @@ from taskvec import tree as trees
 from taskvec.adaptive import fw_ties, objectives
 from taskvec.adaptive.coefficients import coefficients
 from taskvec.adaptive.fit import Loop, make_fit
-from taskvec.adaptive.fw_oracle import GRANULARITIES, MEASURES, POINTS, lowest, proxy, scores
+from taskvec.adaptive.fw_oracle import GRANULARITIES, MEASURES, POINTS, asked, lowest
 from taskvec.adaptive.learn import Learned, Outputs, Problem, make_loss
 from taskvec.adaptive.registry import adaptive_method
 from taskvec.adaptive.rows import Rows, together
@@ -118,11 +118,13 @@ def fw_hard(
 
     Raises:
       ValueError: rows without labels; numbers of tasks do not fit; unknown choice; a loop with what is not heeded.
+      FitDiverged: a loss or score is not finite; its step is the round.
     """
     _check(problem, rows, granularity, point, measure, loop)
     check_choice("merge", merge, MERGES)
     loop.refuse("fw_hard", checkpoint="it has no steps to go on from", place="its batches are not placed")
-    at, num_tasks = functools.partial(proxy, problem, rows, shots, batch_size, seed), problem.num_tasks
+    ask = functools.partial(asked, problem, rows, shots, batch_size, seed, point, measure, 1)
+    num_tasks = problem.num_tasks
     groups = trees.groups(problem.theta0, "tensor")
     table = np.full((len(groups.names), num_tasks), start)
     vertices = np.concatenate([np.eye(num_tasks), table[:1], np.zeros((1, num_tasks))])
@@ -134,8 +136,7 @@ def fw_hard(
     if loop.on_start is not None:
         loop.on_start(rounds)
     for i in range(rounds):
-        loss, grads = at(params, range(len(rows.counts)), i)
-        found = scores(problem, grads, point, measure, first)
+        loss, found = ask(params, range(len(rows.counts)), i, first)
         if granularity == "tensor" and point == "vectors":
             found = np.concatenate([found, np.zeros_like(found[:1])])
         chosen = lowest(found, granularity)
@@ -221,7 +222,7 @@ def fw_soft(
     """
     _check(problem, rows, granularity, point, measure, loop)
     check_choice("objective", objective, ("entropy", "cross_entropy"))
-    at = functools.partial(proxy, problem, rows, shots, batch_size, seed)
+    ask = functools.partial(asked, problem, rows, shots, batch_size, seed, point, measure, steps)
     seen = rows if objective == "cross_entropy" or adapt is None else adapt
     batch_of = together(seen if objective == "cross_entropy" else seen._replace(labels=None), per_task, seed)
     groups = trees.groups(problem.theta0, "tensor")
@@ -236,7 +237,7 @@ def fw_soft(
         loop.on_start(rounds * steps)
     for i in range(rounds):
         params = merge(table)
-        losses, chosen = _one_a_task(problem, at, params, count, i, granularity, point, measure)
+        losses, chosen = _one_a_task(ask, params, count, i, granularity)
         per_leaf = jax.tree.map(lambda ids, chosen=chosen: np.moveaxis(chosen[:, np.asarray(ids)], 0, -1), groups.ids)
         frozen = params, _directions(problem.theta0, problem.tau, params, per_leaf), heads
         first = jnp.full((len(groups.names), count), later_init if i else init, jnp.float32)
@@ -264,13 +265,12 @@ def _task_losses(objective: str, eps: float, outputs: Outputs) -> Array:
 
 
 def _one_a_task(
-    problem: Problem, at: Callable, params: Tree, count: int, round_: int, granularity: str, point: str, measure: str
+    ask: Callable, params: Tree, count: int, round_: int, granularity: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Losses ``[n]`` of the first n tasks, and the vertices ``[n, G]`` that they choose, none twice for a tensor."""
     losses, chosen, used = [], [], None
     for task in range(count):
-        loss, grads = at(params, [task], round_)
-        found = scores(problem, grads, point, measure)
+        loss, found = ask(params, [task], round_)
         used = np.zeros(found.shape, bool) if used is None else used
         best = lowest(np.where(used, np.inf, found), granularity)
         used[best, np.arange(len(best))] = True

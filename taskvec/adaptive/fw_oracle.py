@@ -9,6 +9,7 @@ import numpy as np
 
 from taskvec import tree as trees, vectors
 from taskvec.adaptive import objectives
+from taskvec.adaptive.fit import FitDiverged
 from taskvec.adaptive.learn import Problem, heads_of
 from taskvec.adaptive.rows import Rows
 from taskvec.training import heads as heads_lib
@@ -30,13 +31,13 @@ def aligned(grads: Tree, theta0: Tree, vector: Tree, point: str, measure: str) -
       theta0: pretrained weights.
       vector: a task vector, without task axis.
       point: ``weights`` measures against ``theta0 + vector``, ``vectors`` against the vector.
-      measure: ``cosine`` (0 where a norm is 0), or ``inner``.
+      measure: ``cosine`` (0 where a norm is 0; NaN stays NaN), or ``inner``.
     """
 
     def tensor(g: Array, base: Array, own: Array) -> Array:
         s = base.astype(jnp.float32) + own if point == "weights" else own.astype(jnp.float32)
         inner, norms = jnp.vdot(g, s), jnp.linalg.norm(g.reshape(-1)) * jnp.linalg.norm(s.reshape(-1))
-        return inner if measure == "inner" else jnp.where(norms > 0, inner / jnp.where(norms > 0, norms, 1.0), 0.0)
+        return inner if measure == "inner" else jnp.where(norms == 0, 0.0, inner / jnp.where(norms == 0, 1.0, norms))
 
     def leaf(path: str, g: Array, base: Array, own: Array) -> Array:
         if not trees.is_float(base):
@@ -104,6 +105,39 @@ def scores(problem: Problem, grads: Tree, point: str, measure: str, *more: Tree)
     pool = (vectors.select(problem.tau, k) for k in range(problem.num_tasks))
     own = [_aligned(grads, problem.theta0, vector, point=point, measure=measure) for vector in (*pool, *more)]
     return np.stack([np.asarray(each, np.float64) for each in own])
+
+
+def asked(
+    problem: Problem,
+    rows: Rows,
+    shots: int,
+    batch_size: int,
+    seed: int,
+    point: str,
+    measure: str,
+    steps: int,
+    params: Tree,
+    tasks: Sequence[int],
+    round_: int,
+    *more: Tree,
+) -> tuple[float, np.ndarray]:
+    """What a round asks the pool: the loss of `proxy`, and the `scores` of its gradient.
+
+    Args:
+      problem, rows, shots, batch_size, seed, params, tasks, round_: see `proxy`.
+      point, measure, more: see `scores`.
+      steps: of a round, for the error.
+
+    Raises:
+      FitDiverged: the loss or a tensor's score is not finite; NaN would choose a vertex, and go on from there.
+    """
+    loss, grads = proxy(problem, rows, shots, batch_size, seed, params, tasks, round_)
+    found = scores(problem, grads, point, measure, *more)
+    bad = np.flatnonzero(~np.isfinite(found).all(0))
+    if len(bad) or not np.isfinite(loss):
+        names = trees.groups(problem.theta0, "tensor").names
+        raise FitDiverged(round_ * steps, [] if np.isfinite(loss) else ["loss"], [names[g] for g in bad])
+    return loss, found
 
 
 def lowest(scores_VxG: np.ndarray, granularity: str) -> np.ndarray:

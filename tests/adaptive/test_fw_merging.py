@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from taskvec.adaptive import rows as rows_lib
-from taskvec.adaptive.fit import Loop
+from taskvec.adaptive.fit import FitDiverged, Loop
 from taskvec.adaptive.fw_merging import fw_hard, fw_soft
 from taskvec.adaptive.learn import Problem
 from taskvec.adaptive.masks import tensor_seeds, uniform
@@ -218,6 +218,25 @@ def test_without_rounds_it_is_the_start():
         for k in NAMES:
             np.testing.assert_allclose(found.params[k], theta0[k] + share * tau[k].sum(0), atol=1e-6)
         np.testing.assert_allclose(found.coefficients, share, rtol=1e-6)
+
+
+def test_what_is_not_finite_chooses_no_model():
+    """In weights, by a loss alone, and in a gradient alone, which the cosine of a NaN must not hide."""
+    _, _, _, rows, problem = setting()
+    poisoned = problem._replace(theta0={**problem.theta0, "b2": problem.theta0["b2"].at[1].set(np.nan)})
+
+    def steep(params, batch):
+        out = apply_fn(params, batch)["features"]
+        return {
+            "features": out + jnp.sqrt(jnp.square(params["b1"] - params["b1"]).sum())
+        }  # a slope of 0 times infinity
+
+    for method in (fw_hard, fw_soft):
+        with pytest.raises(FitDiverged, match="step 0: metrics loss") as caught:
+            method(poisoned, rows, rounds=2, shots=4)
+        assert caught.value.step == 0
+    with pytest.raises(FitDiverged, match="step 0: gradients of b1"):
+        fw_hard(problem._replace(apply_fn=steep), rows, rounds=2, shots=4)
 
 
 def test_errors():
