@@ -34,7 +34,7 @@ ONE_OUT = ("atlas_few_shot", "atlas_ufm", "lorahub")
 PAIRED = ("self_positioning",)
 NEGATION = ("target", "control_task")
 NOT_SETTINGS = ("validation", "pool")  # rows and features that the benchmark gives
-NO_STEPS = ("fw_hard", "sens_merging")  # nothing of them is kept
+NO_STEPS = ("sens_merging",)  # nothing of them is kept
 ADAPT = ("unlabelled test", "unlabelled train")  # rows beside the labelled ones, as published and inductive
 
 

@@ -26,7 +26,7 @@ from taskvec import tree as trees
 from taskvec.adaptive import fw_ties, objectives
 from taskvec.adaptive.coefficients import coefficients
 from taskvec.adaptive.fit import Loop, make_fit
-from taskvec.adaptive.fw_oracle import GRANULARITIES, MEASURES, POINTS, asked, lowest
+from taskvec.adaptive.fw_oracle import GRANULARITIES, MEASURES, POINTS, asked, lowest, one_a_task
 from taskvec.adaptive.learn import Learned, Outputs, Problem, make_loss
 from taskvec.adaptive.registry import adaptive_method
 from taskvec.adaptive.rows import Rows, together
@@ -110,7 +110,7 @@ def fw_hard(
       shots: rows of a task, drawn anew in every round.
       batch_size: rows at once; no result depends on it but by rounding.
       seed: of the rows drawn, and of DARE.
-      loop: of `on_start` and `on_chunk`, called after every round.
+      loop: see `fit.Loop`; its steps are rounds. Not `evaluate`, `pieces` and `place`.
 
     Returns:
       `Learned` with coefficients of every tensor ``[G, T]``, but with TIES; ``loss`` ``[rounds]`` before each step, and
@@ -122,7 +122,7 @@ def fw_hard(
     """
     _check(problem, rows, granularity, point, measure, loop)
     check_choice("merge", merge, MERGES)
-    loop.refuse("fw_hard", checkpoint="it has no steps to go on from", place="its batches are not placed")
+    loop.refuse("fw_hard", place="its batches are not placed")
     ask = functools.partial(asked, problem, rows, shots, batch_size, seed, point, measure, 1)
     num_tasks = problem.num_tasks
     groups = trees.groups(problem.theta0, "tensor")
@@ -132,29 +132,39 @@ def fw_hard(
     key = lambda i: jax.random.fold_in(jax.random.key(seed), i) if merge == "dare_ties" else None
     params = begin = merged(table) if merge == "task_arithmetic" else fw_ties.first(problem, start, density, key(0))
     first = jax.tree.map(lambda a, b: a - b, params, problem.theta0)
-    history: dict[str, list] = {"loss": [], "chosen": []}
+    history = {"loss": np.zeros(rounds, np.float32), "chosen": np.zeros((rounds, len(table)), np.int32)}
+    saved, begun = loop.checkpoint and loop.checkpoint.restore(history), 0
+    if saved:
+        begun, history = saved[0], jax.tree.map(np.array, saved[1])
     if loop.on_start is not None:
         loop.on_start(rounds)
     for i in range(rounds):
-        loss, found = ask(params, range(len(rows.counts)), i, first)
-        if granularity == "tensor" and point == "vectors":
-            found = np.concatenate([found, np.zeros_like(found[:1])])
-        chosen = lowest(found, granularity)
-        eta = scale * step_size * 2 / (i + 2)
+        # What was chosen before is gone through again: that is quick, and gives the same bits as what is not saved.
+        if i >= begun:
+            history["loss"][i], found = ask(params, range(len(rows.counts)), i, first)
+            if granularity == "tensor" and point == "vectors":
+                found = np.concatenate([found, np.zeros_like(found[:1])])
+            history["chosen"][i] = lowest(found, granularity)
+        chosen, eta = history["chosen"][i], scale * step_size * 2 / (i + 2)
         if merge == "task_arithmetic":
             table += eta * (vertices[chosen] - table)
-            params = merged(table)
+            params = merged(table) if i >= begun - 1 else params
         else:
             args = params, merged(vertices[chosen]), begin, groups.ids, chosen == num_tasks, eta, density, key(i + 1)
             params = fw_ties.stepped(*args)
-        history["loss"].append(np.float32(loss))
-        history["chosen"].append(chosen)
-        if loop.on_chunk is not None:
-            loop.on_chunk(i + 1, {"loss": np.array([loss], np.float32)})
-    found = {name: np.array(x) for name, x in history.items()}
+        if i >= begun:
+            _told(loop, i + 1, rounds, history)
     if merge != "task_arithmetic":
-        return Learned(params, {}, found)
-    return Learned(params, {}, found, table.astype(np.float32), groups.names)
+        return Learned(params, {}, history)
+    return Learned(params, {}, history, table.astype(np.float32), groups.names)
+
+
+def _told(loop: Loop, done: int, rounds: int, history: dict[str, np.ndarray]) -> None:
+    """Saves a round where that is due, and says so."""
+    if loop.checkpoint is not None and (done == rounds or loop.checkpoint.should_save(done)):
+        loop.checkpoint.save(done, history)
+    if loop.on_chunk is not None:
+        loop.on_chunk(done, {"loss": history["loss"][done - 1 : done]})
 
 
 def _merger(problem: Problem, groups: trees.Groups) -> Callable[[np.ndarray], Tree]:
@@ -237,7 +247,7 @@ def fw_soft(
         loop.on_start(rounds * steps)
     for i in range(rounds):
         params = merge(table)
-        losses, chosen = _one_a_task(ask, params, count, i, granularity)
+        losses, chosen = one_a_task(ask, params, count, i, granularity)
         per_leaf = jax.tree.map(lambda ids, chosen=chosen: np.moveaxis(chosen[:, np.asarray(ids)], 0, -1), groups.ids)
         frozen = params, _directions(problem.theta0, problem.tau, params, per_leaf), heads
         first = jnp.full((len(groups.names), count), later_init if i else init, jnp.float32)
@@ -262,21 +272,6 @@ def _task_losses(objective: str, eps: float, outputs: Outputs) -> Array:
     if objective == "entropy":
         return objectives.entropy(outputs.logits, eps=eps)
     return objectives.cross_entropy(outputs.logits, outputs.batch["label"])
-
-
-def _one_a_task(
-    ask: Callable, params: Tree, count: int, round_: int, granularity: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """Losses ``[n]`` of the first n tasks, and the vertices ``[n, G]`` that they choose, none twice for a tensor."""
-    losses, chosen, used = [], [], None
-    for task in range(count):
-        loss, found = ask(params, [task], round_)
-        used = np.zeros(found.shape, bool) if used is None else used
-        best = lowest(np.where(used, np.inf, found), granularity)
-        used[best, np.arange(len(best))] = True
-        losses.append(np.float32(loss))
-        chosen.append(best)
-    return np.array(losses), np.array(chosen)
 
 
 @jax.jit

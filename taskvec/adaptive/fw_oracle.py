@@ -145,3 +145,22 @@ def lowest(scores_VxG: np.ndarray, granularity: str) -> np.ndarray:
     if granularity == "model":
         return np.full(scores_VxG.shape[1], scores_VxG.sum(1).argmin())
     return scores_VxG.argmin(0)
+
+
+def one_a_task(ask: Callable, params: Tree, count: int, round_: int, granularity: str) -> tuple[np.ndarray, np.ndarray]:
+    """Losses ``[n]`` of the first n tasks, and the vertices ``[n, G]`` that they choose, none twice for a tensor.
+
+    Args:
+      ask: ``(params, tasks, round) -> (loss, scores)``, see `asked`.
+      params, count, round_: weights, n, number of the round.
+      granularity: see `lowest`.
+    """
+    losses, chosen, used = [], [], None
+    for task in range(count):
+        loss, found = ask(params, [task], round_)
+        used = np.zeros(found.shape, bool) if used is None else used
+        best = lowest(np.where(used, np.inf, found), granularity)
+        used[best, np.arange(len(best))] = True
+        losses.append(np.float32(loss))
+        chosen.append(best)
+    return np.array(losses), np.array(chosen)

@@ -8,7 +8,7 @@ from taskvec.adaptive.adamerging import adamerging
 from taskvec.adaptive.atlas import atlas
 from taskvec.adaptive.divmerge import divmerge
 from taskvec.adaptive.fit import Loop
-from taskvec.adaptive.fw_merging import fw_soft
+from taskvec.adaptive.fw_merging import fw_hard, fw_soft
 from taskvec.adaptive.prodistill import prodistill
 from taskvec.adaptive.supermerge import supermerge
 from taskvec.io.checkpoints import Checkpoint
@@ -26,6 +26,12 @@ def on_mlp(method, **settings):
     return lambda loop: method(problem, rows, per_task=toy_mlp.ROWS, learning_rate=0.5, loop=loop, **settings)
 
 
+def hard(**settings):
+    theta0, tau, kernels, rows = toy_mlp.setting()
+    problem = toy_mlp.problem(theta0, tau, kernels)
+    return lambda loop: fw_hard(problem, rows, shots=4, step_size=1.0, granularity="tensor", loop=loop, **settings)
+
+
 def on_blocks(**settings):
     _, _, rows, problem = blocks_for_tests.setting()
     return lambda loop: prodistill(problem, rows, shots=6, batch_size=4, loop=loop, **settings)
@@ -36,10 +42,12 @@ def on_blocks(**settings):
     [
         (on_mlp(atlas, epochs=4, keep="best"), 8, 7, 2),
         (on_mlp(fw_soft, rounds=2, steps=4, shots=4), 8, 7, 2),
+        (hard(rounds=6), 6, 5, 2),
+        pytest.param(hard(rounds=6, merge="dare_ties"), 6, 5, 2, marks=pytest.mark.slow),
         pytest.param(on_mlp(supermerge, groups=((0, 1), (2,)), steps=4), 12, 11, 2, marks=pytest.mark.slow),
         (on_blocks(epochs=2, mode="tensor"), 12, 7, 8),
     ],
-    ids=["atlas", "fw_soft", "supermerge", "prodistill"],
+    ids=["atlas", "fw_soft", "fw_hard", "fw_hard_ties", "supermerge", "prodistill"],
 )
 def test_a_killed_run_goes_on(tmp_path, run, total, killed, left):
     def counted(checkpoint=None, end=None):
