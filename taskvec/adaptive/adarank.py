@@ -46,22 +46,27 @@ def low_rank_bank(theta0: Tree, tau: Tree, matrices: str = "att|mlp") -> Tree:
     Raises:
       ValueError: there is none.
     """
-    found = False
-
-    def leaf(path: str, base: Array, vectors: Array) -> Array | LowRank:
-        nonlocal found
-        per_layer = base.ndim - int(trees.is_stacked(path))
-        if per_layer != 2 or not trees.is_float(base) or not re.search(matrices, path):
-            return vectors
-        found = True
-        return _factors(vectors)
-
+    factors = _matrices(theta0, tau, matrices)
     with one_lapack_thread():
         # One leaf after the other, each to its end: the memory of one at a time beside the factors.
-        bank = jax.block_until_ready(trees.map_with_path(leaf, theta0, tau))
+        for path, vectors in factors.items():
+            factors[path] = jax.block_until_ready(_factors(vectors))
+    return _with_factors(tau, factors)
+
+
+def _matrices(theta0: Tree, tau: Tree, matrices: str) -> dict[str, Array]:
+    """The task vectors of the matrices that are factorised, by path."""
+    shapes, matrix = trees.flatten(theta0), re.compile(matrices)
+    per_layer = lambda path: shapes[path].ndim - int(trees.is_stacked(path))
+    chosen = lambda path: trees.is_float(shapes[path]) and per_layer(path) == 2 and matrix.search(path)
+    found = {path: vectors for path, vectors in trees.flatten(tau).items() if chosen(path)}
     if not found:
         raise ValueError(f"no matrix has a path that matches {matrices!r}; set `matrices` to a pattern of your model")
-    return bank
+    return found
+
+
+def _with_factors(tau: Tree, factors: dict[str, LowRank]) -> Tree:
+    return trees.map_with_path(lambda path, vectors: factors.get(path, vectors), tau)
 
 
 @jax.jit
@@ -166,12 +171,13 @@ def adarank(
     theta0, tau = problem.theta0, problem.tau
     if base == "average":
         theta0, tau = recentred(theta0, tau)
-    groups = trees.groups(theta0, mode)
-    by_group = coefficients(groups, problem.num_tasks, init, constraint)
-    problem = problem._replace(theta0=theta0, tau=low_rank_bank(theta0, tau, matrices))
+    by_group = coefficients(trees.groups(theta0, mode), problem.num_tasks, init, constraint)
+    # Of shapes alone, so that what is wrong fails before all task vectors are factorised.
+    shapes = {path: jax.eval_shape(_factors, x) for path, x in _matrices(theta0, tau, matrices).items()}
+    masks = rank_masks(by_group, _with_factors(tau, shapes), temperature, kept)
     return learn(
-        problem,
-        rank_masks(by_group, problem.tau, temperature, kept),
+        problem._replace(theta0=theta0, tau=low_rank_bank(theta0, tau, matrices)),
+        masks,
         lambda outputs: objectives.entropy(outputs.logits),
         cyclic(rows, per_task, seed),
         optax.adam(learning_rate),

@@ -69,11 +69,11 @@ def divmerge(
     problem.check(rows)
     if divergence not in DIVERGENCES:
         raise ValueError(f"unknown divergence {divergence!r}; allowed: {', '.join(DIVERGENCES)}")
+    by_group = coefficients(trees.groups(problem.theta0, mode), problem.num_tasks, init, constraint)
     rows = rows if rows.targets is not None else with_targets(problem, rows)
-    groups = trees.groups(problem.theta0, mode)
     return learn(
         problem,
-        coefficients(groups, problem.num_tasks, init, constraint),
+        by_group,
         lambda outputs: DIVERGENCES[divergence](outputs.logits, outputs.target_logits),
         together(rows, per_task, seed),
         optax.adam(learning_rate),

@@ -94,11 +94,11 @@ def samerging(
     """
     check_choice("objective", objective, OBJECTIVES)
     problem.check(rows)
+    by_group = coefficients(trees.groups(problem.theta0, mode), problem.num_tasks, init, constraint)
     rows = rows if rows.targets is not None else with_targets(problem, rows)
-    groups = trees.groups(problem.theta0, mode)
     return learn(
         problem,
-        coefficients(groups, problem.num_tasks, init, constraint),
+        by_group,
         objective_of(objective, temperature),
         cyclic(rows, per_task, seed),
         optax.chain(optax.add_decayed_weights(weight_decay), optax.adam(learning_rate)),

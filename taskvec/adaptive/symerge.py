@@ -102,8 +102,8 @@ def symerge(
     check_choice("schedule", schedule, tuple(SCHEDULES))
     if objective == "confident":
         loop.refuse("symerge with objective='confident'", pieces="the mean is over the rows that a batch keeps")
+    by_group = coefficients(trees.groups(problem.theta0, mode), problem.num_tasks, init, constraint)
     rows = rows if rows.targets is not None else with_targets(problem, rows)
-    groups = trees.groups(problem.theta0, mode)
     scale = float(jnp.asarray(problem.heads.scale))
     # Adam's epsilon stands beside a gradient that is `scale` times as large as that by the scaled weights.
     adams = {
@@ -116,7 +116,7 @@ def symerge(
     optimisers = {"merge": optax.adam(learning_rate)} | {name: by_task(adams[name]) for name in parts}
     return learn(
         problem,
-        coefficients(groups, problem.num_tasks, init, constraint),
+        by_group,
         OBJECTIVES[objective],
         SCHEDULES[schedule](rows, per_task, seed),
         optax.multi_transform(optimisers, {"merge": "merge", "heads": parts}),

@@ -1,5 +1,7 @@
 """AdaRank against an independent float64 loop on exact SVDs, with hand-written straight-through gradients."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -122,14 +124,19 @@ def test_scanned_equals_whole():
     assert all(jnp.abs(g).max() > 1e-5 for g in jax.tree.leaves(values[0][1]["mask"]))
 
 
-def test_errors():
+def test_errors(monkeypatch):
     theta0, tau, kernels, rows = oracle.setting()
     problem = oracle.problem(theta0, tau, kernels)
     with pytest.raises(ValueError, match="pretrained, average"):
         adarank(problem, rows, base="cart")
     with pytest.raises(ValueError, match="has no other base"):
         adarank(problem._replace(linear=True), rows, base="average")
-    with pytest.raises(ValueError, match="kept must lie in"):
-        adarank(problem, rows, kept=16, matrices="", steps=0)
+    early = lambda *args: pytest.fail("task vectors were factorised before the settings were checked")
+    monkeypatch.setattr(sys.modules[low_rank_bank.__module__], "low_rank_bank", early)
+    for wrong, match in (({"kept": 16}, "kept must lie in"), ({"constraint": "clamp"}, "clip, identity")):
+        with pytest.raises(ValueError, match=match):
+            adarank(problem, rows, matrices="", steps=0, **wrong)
+    with pytest.raises(ValueError, match="set `matrices` to a pattern"):
+        adarank(problem, rows, matrices="conv")
     with pytest.raises(ValueError, match="factorise some matrices first"):
         rank_masks(coefficients(trees.groups(theta0, "task"), TASKS), oracle.as_jax(tau))

@@ -207,3 +207,13 @@ def test_samerging_trajectory(adaptive, name):
     assert np.abs(lam["lam"]).max() > 0.15
     with pytest.raises(ValueError, match="kl, jsd, cross_entropy, entropy"):
         samerging(problem, rows, objective="js")
+
+
+@pytest.mark.parametrize("method", [symerge, divmerge, samerging])
+def test_what_is_wrong_is_said_before_the_experts_run(method):
+    theta0, tau, kernels, rows = oracle.setting()
+    rows = rows._replace(take=lambda t, numbers: pytest.fail("rows were read"))
+    for wrong, match in (({"mode": "layers"}, "layers"), ({"constraint": "clamp"}, "clip, identity"),
+                         ({"init": np.zeros((2, TASKS))}, "init has shape")):  # fmt: skip
+        with pytest.raises(ValueError, match=match):
+            method(oracle.problem(theta0, tau, kernels), rows, **wrong)
