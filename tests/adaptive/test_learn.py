@@ -81,6 +81,7 @@ def test_batches_are_functions_of_seed_and_step():
 def test_teachers_are_the_experts_and_cached_equals_live():
     p = problem()
     some = with_targets(p, rows(), batch_size=8)
+    assert with_targets(p, some) is some
     for t, n in enumerate((11, 7, 30)):
         live = toy.apply(jax.tree.map(jnp.add, p.theta0, toy_expert_delta(p.tau, t)), toy.batch(t, n))["features"]
         np.testing.assert_allclose(some.targets[t]["features"], live, rtol=1e-4, atol=1e-5)
