@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from taskvec import tree as trees
 from taskvec.tree import Tree
@@ -75,11 +76,12 @@ def linearised(apply_fn: Callable[..., Any], params0: Tree) -> Callable[..., Any
 
     Args:
       apply_fn: ``(params, batch, **options) -> {name: array}``; every float output is linearised.
-      params0: where.
+      params0: where. Leaves that are not float stay as they are there.
     """
 
     def apply(params: Tree, batch: Any, **options: Any) -> Any:
-        step = jax.tree.map(lambda x, x0: x - x0, params, params0)
+        still = lambda x0: np.zeros(x0.shape, jax.dtypes.float0)  # what jax takes for the step of an integer
+        step = jax.tree.map(lambda x, x0: x - x0 if trees.is_float(x0) else still(x0), params, params0)
         value, slope = jax.jvp(lambda p: apply_fn(p, batch, **options), (params0,), (step,))
         return jax.tree.map(lambda y, dy: y + dy if trees.is_float(y) else y, value, slope)
 

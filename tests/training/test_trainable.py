@@ -45,6 +45,24 @@ def test_a_linearised_model_is_affine_and_touches_the_model(x64):
     assert 3.5 < errors[0] / errors[1] < 4.5
 
 
+def test_integer_leaves_of_a_linearised_model_stay():
+    """Of ``w[ids]^2 x``: ``(w0^2 + 2 w0 (w - w0))[ids] x``, and its slope by w."""
+
+    def apply(params, batch):
+        return {"features": jnp.square(params["w"][params["ids"]]) * batch, "ids": params["ids"]}
+
+    w0, w, x, ids = np.float32([1, 2, 3]), np.float32([2, 4, 5]), np.float32([1, 10]), np.int32([2, 0])
+
+    def loss(w):
+        out = linearised(apply, {"w": w0, "ids": ids})({"w": w, "ids": ids - 1}, x)
+        return out["features"].sum(), out["ids"]
+
+    (out, ids_out), slope = jax.jit(jax.value_and_grad(loss, has_aux=True))(w)
+    np.testing.assert_allclose(out, (9 + 2 * 3 * 2) * 1 + (1 + 2 * 1 * 1) * 10, rtol=1e-6)
+    np.testing.assert_allclose(slope, [20, 0, 6], rtol=1e-6)
+    np.testing.assert_array_equal(ids_out, ids)
+
+
 def tune(trainable, model, params, steps=3, **recipe):
     made = heads.make_heads([np.eye(model.feature_dim, 2, dtype=np.float32)])
     batch = {"image": PICTURES, "label": np.array([0, 1], np.int32)}
