@@ -82,7 +82,9 @@ def symerge(
         tasks see the moves of earlier ones (as published). ``together``: a step takes rows of all tasks.
       mode, constraint, init: of the coefficients, see `adamerging.adamerging`.
       rounds: over all tasks: ``rounds * T`` steps in turn, `rounds` together.
-      learning_rate: of Adam on the coefficients.
+      learning_rate: of Adam on the coefficients: one rate for them and the heads is what the released code runs with. A
+        group of 1e-3 for the coefficients, AdaMerging's rate, stands in it commented out (the benchmark's row
+        ``model_tinting_grouped``); which of them the paper states was not seen.
       head_learning_rate: of Adam on the heads as released code has them, with the factor of the logits in the weights:
         our unit-norm kernels move by ``head_learning_rate / scale``.
       bias: whether heads get a bias, that starts at 0 and is trained too (released code).
