@@ -158,7 +158,8 @@ def _run(
         begin = lambda steps: update(0, total=steps)
         show = lambda step, metrics: update(step, f"objective {metrics['loss'][-1]:.3f}")
         kept = None if name in NO_STEPS else checkpoint
-        loop = Loop(checkpoint=kept, on_start=begin, on_chunk=show)
+        phase = lambda what, done, of: update(None, f"{what}: {done} of {of}")
+        loop = Loop(checkpoint=kept, on_start=begin, on_chunk=show, on_phase=phase)
         found = registry.get(name)(problem, given, seed=bench.seed, loop=loop, **settings)
         jax.block_until_ready(found.params)
     return found

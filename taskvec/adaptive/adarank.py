@@ -32,7 +32,7 @@ Array = jax.Array
 BASES = {"pretrained": (0.3, 1.0), "average": (2.3, 0.16)}  # start of the coefficients, ranks kept at the start
 
 
-def low_rank_bank(theta0: Tree, tau: Tree, matrices: str = "att|mlp") -> Tree:
+def low_rank_bank(theta0: Tree, tau: Tree, matrices: str = "att|mlp", loop: Loop = Loop()) -> Tree:
     """Task vectors whose matrices are factorised, ``tau_t = (U_t diag(s_t)) V_t^T``, largest singular value first.
 
     The factors multiply to the matrix to rounding, whatever its rank; together they have ``1 + r / n`` times its size,
@@ -42,6 +42,7 @@ def low_rank_bank(theta0: Tree, tau: Tree, matrices: str = "att|mlp") -> Tree:
       theta0: pretrained parameters, or their shapes.
       tau: task vectors.
       matrices: regular expression of the paths of the matrices that are factorised.
+      loop: of `on_phase`.
 
     Raises:
       ValueError: there is none.
@@ -49,8 +50,8 @@ def low_rank_bank(theta0: Tree, tau: Tree, matrices: str = "att|mlp") -> Tree:
     factors = _matrices(theta0, tau, matrices)
     with one_lapack_thread():
         # One leaf after the other, each to its end: the memory of one at a time beside the factors.
-        for path, vectors in factors.items():
-            factors[path] = jax.block_until_ready(_factors(vectors))
+        for path in loop.phase("task vectors factorised", list(factors)):
+            factors[path] = jax.block_until_ready(_factors(factors[path]))
     return _with_factors(tau, factors)
 
 
@@ -176,7 +177,7 @@ def adarank(
     shapes = {path: jax.eval_shape(_factors, x) for path, x in _matrices(theta0, tau, matrices).items()}
     masks = rank_masks(by_group, _with_factors(tau, shapes), temperature, kept)
     return learn(
-        problem._replace(theta0=theta0, tau=low_rank_bank(theta0, tau, matrices)),
+        problem._replace(theta0=theta0, tau=low_rank_bank(theta0, tau, matrices, loop)),
         masks,
         lambda outputs: objectives.entropy(outputs.logits),
         cyclic(rows, per_task, seed),

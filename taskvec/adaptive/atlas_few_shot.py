@@ -117,7 +117,7 @@ def atlas_few_shot(
     if budget is not None:
         if mode != "tensor" or partitions > 1:
             raise ValueError("a budget goes with mode='tensor' and no partitions")
-        chosen = selection.choose_within(problem, rows, budget, select, blockwise, seed, pool)
+        chosen = selection.choose_within(problem, rows, budget, select, blockwise, seed, pool, loop)
         problem = problem._replace(tau=chosen.tau)
     learner = parts.learner_of(
         problem.kind, parts.cross_entropies, mode, partitions, partitioned, seed if partitions > 1 else 0,

@@ -70,7 +70,7 @@ def divmerge(
     if divergence not in DIVERGENCES:
         raise ValueError(f"unknown divergence {divergence!r}; allowed: {', '.join(DIVERGENCES)}")
     by_group = coefficients(trees.groups(problem.theta0, mode), problem.num_tasks, init, constraint)
-    rows = with_targets(problem, rows)
+    rows = with_targets(problem, rows, loop=loop)
     return learn(
         problem,
         by_group,

@@ -4,7 +4,7 @@ A step's batch and random key depend on the step's number alone, so a run that w
 gives the same bits as one that was not.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -92,6 +92,8 @@ class Loop(NamedTuple):
         another one. One with ``of({what: text})`` is told what a method's run depends on, to refuse another.
       on_start: called with the number of steps, before the first.
       on_chunk: called with (steps done, metrics of the chunk ``{name: [n, ...]}``), one chunk late.
+      on_phase: called with (what, done, total) during long work before and between steps: experts that run on all
+        rows, gradients of a pool, matrices that are factorised.
       evaluate: see `Evaluate`; what it gives is in `FitResult.evaluations`. A resumed run evaluates where it resumes,
         where that is due, and what is left.
       place: on several devices, see `taskvec.adaptive.mesh`.
@@ -107,6 +109,15 @@ class Loop(NamedTuple):
     evaluate: Evaluate | None = None
     place: Placement | None = None
     pieces: int = 1
+    on_phase: Callable[[str, int, int], None] | None = None
+
+    def phase(self, what: str, items: Iterable, total: int | None = None) -> Iterator:
+        """The items, one after the other; `on_phase` is called when the work on one ends. `total` if they have none."""
+        total = len(items) if total is None else total
+        for done, item in enumerate(items, 1):
+            yield item
+            if self.on_phase is not None:
+                self.on_phase(what, done, total)
 
     def refuse(self, name: str, **why: str) -> None:
         """Raises `ValueError` if a field is set that method `name` cannot heed: the fields, and why it cannot."""
@@ -123,7 +134,7 @@ class Loop(NamedTuple):
 
     def watch(self) -> dict[str, Any]:
         """What the runner of `make_fit` takes of it."""
-        return {name: value for name, value in self._asdict().items() if name not in ("chunk", "pieces")}
+        return {name: value for name, value in self._asdict().items() if name not in ("chunk", "pieces", "on_phase")}
 
 
 class FitDiverged(FloatingPointError):

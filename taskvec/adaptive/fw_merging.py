@@ -123,7 +123,7 @@ def fw_hard(
     _check(problem, rows, granularity, point, measure, loop)
     check_choice("merge", merge, MERGES)
     loop.refuse("fw_hard", place="its batches are not placed")
-    ask = functools.partial(asked, problem, rows, shots, batch_size, seed, point, measure, 1)
+    ask = functools.partial(asked, problem, rows, shots, batch_size, seed, point, measure, 1, loop)
     num_tasks = problem.num_tasks
     groups = trees.groups(problem.theta0, "tensor")
     table = np.full((len(groups.names), num_tasks), start)
@@ -232,7 +232,7 @@ def fw_soft(
     """
     _check(problem, rows, granularity, point, measure, loop)
     check_choice("objective", objective, ("entropy", "cross_entropy"))
-    ask = functools.partial(asked, problem, rows, shots, batch_size, seed, point, measure, steps)
+    ask = functools.partial(asked, problem, rows, shots, batch_size, seed, point, measure, steps, Loop())
     seen = rows if objective == "cross_entropy" or adapt is None else adapt
     batch_of = together(seen if objective == "cross_entropy" else seen._replace(labels=None), per_task, seed)
     groups = trees.groups(problem.theta0, "tensor")
@@ -247,7 +247,7 @@ def fw_soft(
         loop.on_start(rounds * steps)
     for i in range(rounds):
         params = merge(table)
-        losses, chosen = one_a_task(ask, params, count, i, granularity)
+        losses, chosen = one_a_task(ask, params, count, i, granularity, loop)
         per_leaf = jax.tree.map(lambda ids, chosen=chosen: np.moveaxis(chosen[:, np.asarray(ids)], 0, -1), groups.ids)
         frozen = params, _directions(problem.theta0, problem.tau, params, per_leaf), heads
         first = jnp.full((len(groups.names), count), later_init if i else init, jnp.float32)

@@ -9,7 +9,7 @@ import numpy as np
 
 from taskvec import tree as trees, vectors
 from taskvec.adaptive import objectives
-from taskvec.adaptive.fit import FitDiverged
+from taskvec.adaptive.fit import FitDiverged, Loop
 from taskvec.adaptive.learn import Problem, heads_of
 from taskvec.adaptive.rows import Rows
 from taskvec.training import heads as heads_lib
@@ -73,6 +73,7 @@ def proxy(
     params: Tree,
     tasks: Sequence[int],
     round_: int,
+    loop: Loop = Loop(),
 ) -> tuple[float, Tree]:
     """The mean over tasks of mean cross-entropies at `params`, and its gradient, float32.
 
@@ -85,10 +86,11 @@ def proxy(
       params: where.
       tasks: whose losses.
       round_: number of the round.
+      loop: of `on_phase`.
     """
     size = min(batch_size, shots)
     total = (jnp.zeros(()), jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
-    for task in tasks:
+    for task in loop.phase(f"gradients of round {round_ + 1}", tasks):
         numbers = np.random.default_rng([seed, round_, task]).permutation(rows.counts[task])[:shots]
         head = heads_of(problem.heads, [task])
         for at in range(0, len(numbers), size):
@@ -97,6 +99,7 @@ def proxy(
             part = np.concatenate([part, np.full(size - len(part), part[0])])
             batch = rows._replace(targets=None).batch([part], [task])
             total = _add_gradient(problem.apply_fn, total, params, batch, head, weight)
+        jax.block_until_ready(total)
     return float(total[0]), total[1]
 
 
@@ -116,6 +119,7 @@ def asked(
     point: str,
     measure: str,
     steps: int,
+    loop: Loop,
     params: Tree,
     tasks: Sequence[int],
     round_: int,
@@ -127,11 +131,12 @@ def asked(
       problem, rows, shots, batch_size, seed, params, tasks, round_: see `proxy`.
       point, measure, more: see `scores`.
       steps: of a round, for the error.
+      loop: of `on_phase`, told after every task.
 
     Raises:
       FitDiverged: the loss or a tensor's score is not finite; NaN would choose a vertex, and go on from there.
     """
-    loss, grads = proxy(problem, rows, shots, batch_size, seed, params, tasks, round_)
+    loss, grads = proxy(problem, rows, shots, batch_size, seed, params, tasks, round_, loop)
     found = scores(problem, grads, point, measure, *more)
     bad = np.flatnonzero(~np.isfinite(found).all(0))
     if len(bad) or not np.isfinite(loss):
@@ -147,16 +152,19 @@ def lowest(scores_VxG: np.ndarray, granularity: str) -> np.ndarray:
     return scores_VxG.argmin(0)
 
 
-def one_a_task(ask: Callable, params: Tree, count: int, round_: int, granularity: str) -> tuple[np.ndarray, np.ndarray]:
+def one_a_task(
+    ask: Callable, params: Tree, count: int, round_: int, granularity: str, loop: Loop
+) -> tuple[np.ndarray, np.ndarray]:
     """Losses ``[n]`` of the first n tasks, and the vertices ``[n, G]`` that they choose, none twice for a tensor.
 
     Args:
       ask: ``(params, tasks, round) -> (loss, scores)``, see `asked`.
       params, count, round_: weights, n, number of the round.
       granularity: see `lowest`.
+      loop: of `on_phase`.
     """
     losses, chosen, used = [], [], None
-    for task in range(count):
+    for task in loop.phase(f"gradients of round {round_ + 1}", range(count)):
         loss, found = ask(params, [task], round_)
         used = np.zeros(found.shape, bool) if used is None else used
         best = lowest(np.where(used, np.inf, found), granularity)

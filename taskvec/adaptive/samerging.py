@@ -95,7 +95,7 @@ def samerging(
     check_choice("objective", objective, OBJECTIVES)
     problem.check(rows)
     by_group = coefficients(trees.groups(problem.theta0, mode), problem.num_tasks, init, constraint)
-    rows = with_targets(problem, rows)
+    rows = with_targets(problem, rows, loop=loop)
     return learn(
         problem,
         by_group,

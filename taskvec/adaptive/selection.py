@@ -19,6 +19,7 @@ import numpy as np
 from taskvec import tree as trees
 from taskvec.adaptive import objectives, rows as rows_lib
 from taskvec.adaptive.coefficients import coefficients
+from taskvec.adaptive.fit import Loop
 from taskvec.adaptive.learn import Kind, Problem, make_loss
 from taskvec.adaptive.rows import Rows
 from taskvec.adaptive.teachers import features_of
@@ -39,25 +40,27 @@ class Chosen(NamedTuple):
     numbers: np.ndarray
 
 
-def gradient_scores(problem: Problem, rows: Rows, batch_size: int = 64) -> np.ndarray:
+def gradient_scores(problem: Problem, rows: Rows, batch_size: int = 64, loop: Loop = Loop()) -> np.ndarray:
     """``|sum over tasks of <d CE / d theta_l, tau_{l,t}>|`` at theta0: ``[G, T]``, G tensors.
 
     Args:
       problem: a pool of task vectors, and heads of the rows' tasks.
       rows: labelled rows of the target (or of several tasks, whose cross-entropies are summed).
       batch_size: rows at once. Every row counts alike.
+      loop: of `on_phase`.
     """
     gradient, start = _gradient(problem.kind)
     heads = problem.heads._replace(scale=jnp.float32(problem.heads.scale))
     frozen, total = (problem.theta0, problem.tau, heads), 0.0
-    for task, count in enumerate(rows.counts):
-        for at in range(0, count, batch_size):
-            real = np.arange(at, min(at + batch_size, count))
-            numbers = np.concatenate([real, np.full(batch_size - len(real), at)])
-            batch = rows._replace(targets=None).batch([numbers], [task])
-            weight = (np.arange(batch_size) < len(real)).astype(np.float32) / count
-            grads, _ = gradient(start, frozen, batch | {"target_weight": weight}, None)
-            total = total + np.asarray(grads["merge"]["lam"], np.float64)
+    parts = [(task, at) for task, count in enumerate(rows.counts) for at in range(0, count, batch_size)]
+    for task, at in loop.phase("gradients of the pool", parts):
+        count = rows.counts[task]
+        real = np.arange(at, min(at + batch_size, count))
+        numbers = np.concatenate([real, np.full(batch_size - len(real), at)])
+        batch = rows._replace(targets=None).batch([numbers], [task])
+        weight = (np.arange(batch_size) < len(real)).astype(np.float32) / count
+        grads, _ = gradient(start, frozen, batch | {"target_weight": weight}, None)
+        total = total + np.asarray(grads["merge"]["lam"], np.float64)
     return np.abs(total)
 
 
@@ -127,6 +130,7 @@ def choose_within(
     blockwise: bool = True,
     seed: int = 0,
     pool: Sequence[np.ndarray] | None = None,
+    loop: Loop = Loop(),
 ) -> Chosen:
     """Chooses `budget` task vectors of a pool for the task of some labelled rows.
 
@@ -138,6 +142,7 @@ def choose_within(
       seed: of random choices.
       pool: by features: those of each task's rows in the pool under theta0, T times ``[N_t, d]``
         (`teachers.features_of`), which may be computed once for many targets.
+      loop: of `on_phase`.
 
     Raises:
       ValueError: an unknown selection, a budget not in 1..T, or features of other than T tasks.
@@ -149,12 +154,12 @@ def choose_within(
         if pool is None or len(pool) != problem.num_tasks:
             given = "none" if pool is None else f"those of {len(pool)}"
             raise ValueError(f"a choice by feature needs pool, features of all {problem.num_tasks} tasks; got {given}")
-        target = features_of(problem, problem.theta0, rows, 0)
+        target = features_of(problem, problem.theta0, rows, 0, loop=loop)
         scores = np.broadcast_to(feature_scores(target, pool), shape)
     elif by == "random":
         scores = rows_lib.generator("shots", seed, problem.num_tasks).random(shape)
     else:
-        scores = gradient_scores(problem, rows)
+        scores = gradient_scores(problem, rows, loop=loop)
     if not blockwise:
         scores = np.broadcast_to(scores[0] if by == "random" else scores.mean(0), scores.shape)
     numbers = best(scores, budget)

@@ -27,7 +27,7 @@ from taskvec.training import heads as heads_lib
 from taskvec.tree import Groups, Tree
 
 
-def sensitivities(problem: Problem, rows: Rows, groups: Groups) -> np.ndarray:
+def sensitivities(problem: Problem, rows: Rows, groups: Groups, loop: Loop = Loop()) -> np.ndarray:
     """``s`` of the module's docstring: ``[T, G]``, one backward pass a row."""
     ids = [np.asarray(x) for x in jax.tree.leaves(groups.ids)]
 
@@ -55,17 +55,18 @@ def sensitivities(problem: Problem, rows: Rows, groups: Groups) -> np.ndarray:
     for t, count in enumerate(rows.counts):
         params, head = expert(problem, t), heads_of(problem.heads, [t])
         plain = rows._replace(targets=None)
-        each = [np.asarray(one(params, head, plain.batch([np.array([i])], [t]))) for i in range(count)]
+        numbers = loop.phase(f"sensitivities of task {t + 1} of {len(rows.counts)}", range(count))
+        each = [np.asarray(one(params, head, plain.batch([np.array([i])], [t]))) for i in numbers]
         found.append(np.mean(each, axis=0, dtype=np.float64))
     return np.stack(found)
 
 
-def distances(problem: Problem, rows: Rows) -> np.ndarray:
+def distances(problem: Problem, rows: Rows, loop: Loop = Loop()) -> np.ndarray:
     """``d`` of the module's docstring: ``[T]``."""
     tasks = range(problem.num_tasks)
 
     def logits(params: Tree, u: int) -> np.ndarray:
-        features = jnp.asarray(features_of(problem, params, rows, u))
+        features = jnp.asarray(features_of(problem, params, rows, u, loop=loop))
         return np.asarray(heads_lib.task_logits(problem.heads, u, features), np.float64)
 
     own, found = [logits(expert(problem, u), u) for u in tasks], []
@@ -104,7 +105,8 @@ def sens_merging(
       mode: what a layer is, of `taskvec.tree.groups`.
       cross_task: ``distance``, or ``None`` for 1 in the place of rho.
       temperature: of the softmax over tasks.
-      seed, loop: not used; nothing is drawn and nothing is iterated.
+      seed: not used; nothing is drawn.
+      loop: of `on_phase`; nothing is iterated.
 
     Raises:
       ValueError: numbers of tasks do not fit, rows have no labels, or a setting is unknown; a loop with what is not
@@ -117,11 +119,11 @@ def sens_merging(
     if cross_task not in ("distance", None):
         raise ValueError(f"cross_task={cross_task!r}; allowed: distance, None")
     groups = trees.groups(problem.theta0, mode)
-    s_TxG = sensitivities(problem, rows, groups)
+    s_TxG = sensitivities(problem, rows, groups, loop)
     alpha_TxG = s_TxG / np.maximum(np.linalg.norm(s_TxG, axis=1, keepdims=True), 1e-30)
     rho_T = np.ones(problem.num_tasks)
     if cross_task is not None and problem.num_tasks > 1:
-        d_T = distances(problem, rows)
+        d_T = distances(problem, rows, loop)
         rho_T = d_T / max(d_T.sum(), 1e-30)
     e_TxG = np.exp(alpha_TxG * rho_T[:, None] / temperature)
     lam_GxT = (problem.num_tasks * e_TxG / e_TxG.sum(0)).T.astype(np.float32)

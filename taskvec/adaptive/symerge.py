@@ -105,7 +105,7 @@ def symerge(
     if objective == "confident":
         loop.refuse("symerge with objective='confident'", pieces="the mean is over the rows that a batch keeps")
     by_group = coefficients(trees.groups(problem.theta0, mode), problem.num_tasks, init, constraint)
-    rows = with_targets(problem, rows)
+    rows = with_targets(problem, rows, loop=loop)
     scale = float(jnp.asarray(problem.heads.scale))
     # Adam's epsilon stands beside a gradient that is `scale` times as large as that by the scaled weights.
     adams = {

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from taskvec import tree as trees
+from taskvec.adaptive.fit import Loop
 from taskvec.adaptive.learn import Problem
 from taskvec.adaptive.parametrisation import weighted_sum
 from taskvec.adaptive.rows import Rows, whole
@@ -36,7 +37,9 @@ def features(apply_fn: Callable, params: Tree, batch: dict) -> dict[str, jax.Arr
     return {"features": apply_fn(params, batch)["features"]}
 
 
-def with_targets(problem: Problem, rows: Rows, batch_size: int = 64, give: Callable = features) -> Rows:
+def with_targets(
+    problem: Problem, rows: Rows, batch_size: int = 64, give: Callable = features, loop: Loop = Loop()
+) -> Rows:
     """Rows with what each task's own expert gives, by default its features: ``target_features`` of a batch.
 
     Every row passes the expert of its task once; a step then costs no teacher. Logits are made from the features by
@@ -47,6 +50,7 @@ def with_targets(problem: Problem, rows: Rows, batch_size: int = 64, give: Calla
       rows: of its tasks.
       batch_size: rows at once.
       give: ``(apply_fn, params, batch) -> {name: [rows, ...]}``, a function of a module (it is compiled once).
+      loop: of `on_phase`.
 
     Raises:
       ValueError: more than features of linearised experts.
@@ -56,19 +60,21 @@ def with_targets(problem: Problem, rows: Rows, batch_size: int = 64, give: Calla
     if give is not features:
         problem.check_not_linear("what gives more than features")
     given = lambda t: (
-        {"features": features_of(problem, expert(problem, t), rows, t, batch_size)}
+        {"features": features_of(problem, expert(problem, t), rows, t, batch_size, loop)}
         if give is features
-        else through(problem.apply_fn, expert(problem, t), rows, t, batch_size, give)
+        else through(problem.apply_fn, expert(problem, t), rows, t, batch_size, give, loop)
     )
     return rows._replace(targets=[given(t) for t in range(len(rows.counts))])
 
 
-def features_of(problem: Problem, params: Tree, rows: Rows, task: int, batch_size: int = 64) -> np.ndarray:
+def features_of(
+    problem: Problem, params: Tree, rows: Rows, task: int, batch_size: int = 64, loop: Loop = Loop()
+) -> np.ndarray:
     """Features of all rows of a task under other weights of the problem's model: ``[N_t, d]`` on the host."""
     if not problem.linear:
-        return through(problem.apply_fn, params, rows, task, batch_size)["features"]
+        return through(problem.apply_fn, params, rows, task, batch_size, loop=loop)["features"]
     pair = {"theta0": problem.theta0, "params": params}
-    return through(problem.apply_fn, pair, rows, task, batch_size, _features_linear)["features"]
+    return through(problem.apply_fn, pair, rows, task, batch_size, _features_linear, loop)["features"]
 
 
 def _features_linear(apply_fn: Callable, pair: Tree, batch: dict) -> dict[str, jax.Array]:
@@ -76,10 +82,18 @@ def _features_linear(apply_fn: Callable, pair: Tree, batch: dict) -> dict[str, j
 
 
 def through(
-    apply_fn: Callable, params: Tree, rows: Rows, task: int, batch_size: int = 64, give: Callable = features
+    apply_fn: Callable,
+    params: Tree,
+    rows: Rows,
+    task: int,
+    batch_size: int = 64,
+    give: Callable = features,
+    loop: Loop = Loop(),
 ) -> dict[str, np.ndarray]:
     """What a model gives for all rows of a task: ``{name: [N_t, ...]}`` on the host; arguments as `with_targets`."""
-    parts = [jax.device_get(_given(give, apply_fn, params, batch)) for batch in whole(rows, batch_size, task)]
+    count, name = -(-rows.counts[task] // batch_size), f"features of task {task + 1} of {len(rows.counts)}"
+    batches = loop.phase(name, whole(rows, batch_size, task), count)
+    parts = [jax.device_get(_given(give, apply_fn, params, batch)) for batch in batches]
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return {name: x[: rows.counts[task]] for name, x in joined.items()}
 

@@ -8,6 +8,7 @@ import pytest
 from taskvec.adaptive import rows as rows_lib, selection
 from taskvec.adaptive.atlas_few_shot import atlas_few_shot
 from taskvec.adaptive.atlas_ufm import atlas_ufm, certain_on_strong, trusted_rows, two_streams
+from taskvec.adaptive.fit import Loop
 from taskvec.adaptive.learn import Outputs
 from tests.adaptive.toy_mlp import (
     D_IN,
@@ -25,7 +26,9 @@ def test_selection_by_gradient_is_by_inner_products():
     batch = rows.batch([np.arange(9)])
     _, grads = loss_and_gradient(theta0, batch, kernels, (1,))
     expected = np.abs([[np.sum(grads[k] * tau[k][t]) for t in range(3)] for k in NAMES])
-    scores = selection.gradient_scores(what, rows, batch_size=4)
+    told = []
+    scores = selection.gradient_scores(what, rows, batch_size=4, loop=Loop(on_phase=lambda *phase: told.append(phase)))
+    assert told == [("gradients of the pool", done, 3) for done in (1, 2, 3)]
     np.testing.assert_allclose(scores, expected, rtol=1e-4)
     numbers = np.argsort(-expected, axis=1)[:, :2]
     for blockwise in (True, False):

@@ -26,6 +26,7 @@ SHORT = {
 }  # fmt: skip
 NEEDS_BLOCKS = ("prodistill", "surgery_v2")  # and hooks: tested on models of the library, test_prodistill.py and others
 MESHED = ("adamerging", "fw_hard", "surgery", "symerge")  # on every run of the tests; some five seconds each
+LONG_PHASES = ("adarank", "divmerge", "fw_hard", "fw_soft", "samerging", "sens_merging", "symerge")
 UNPLACED = ("fw_hard", "sens_merging")  # weights on a mesh, but no batches
 
 
@@ -79,11 +80,12 @@ def short(name: str, mesh=None, *, place: bool = True):
     return registry.get(name)(problem, rows, seed=3, loop=loop, **settings_of(name))
 
 
-def watched(run):
+def watched(run, name):
     """A run with a `Loop` that heeds all that watches it, or says what it does not."""
-    seen, steps = [], []
+    seen, steps, phases = [], [], {}
     evaluate = Evaluate(1, lambda step, found: seen.append(step))
     loop = Loop(on_start=seen.append, on_chunk=lambda step, metrics: steps.append(step))
+    loop = loop._replace(on_phase=lambda what, done, total: phases.setdefault(what, []).append((done, total)))
     try:
         found = run(loop=loop._replace(evaluate=evaluate))
         assert seen[0] == len(seen) - 1 == steps[-1] or found.kept is not None
@@ -92,6 +94,8 @@ def watched(run):
         assert "takes no Loop(evaluate=" in str(error)
         found = run(loop=loop)
         assert seen == steps[-1:]  # none where there are no steps
+    assert phases or name not in LONG_PHASES
+    assert all(told == [(done, len(told)) for done in range(1, len(told) + 1)] for told in phases.values())
     return found
 
 
@@ -100,7 +104,7 @@ def test_a_short_run(name):
     problem, rows = problem_and_rows(name)
     given = settings_of(name)
     run = lambda **watch: registry.get(name)(problem, rows, seed=3, **given, **watch)
-    found, again = short(name), watched(run)
+    found, again = short(name), watched(run, name)
     for path, x in trees.flatten(problem.theta0).items():
         y = trees.flatten(found.params)[path]
         assert (y.shape, y.dtype) == (x.shape, x.dtype) and np.isfinite(y).all()
