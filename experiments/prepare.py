@@ -107,6 +107,9 @@ def prepare(config: Any, base: Base, seed: int) -> Bench:
             "a benchmark scores the model itself: not with config.trainable.kind='tangent', whose experts are linear "
             "models; experiments.finetune takes it"
         )
+    for name in suites.parse(config.suite).tasks:
+        if name in config.checkpoints:
+            check_config(base, model_folder(config.checkpoints[name]), config.part)
     bench = load_tasks(config, base, seed)
     return bench._replace(experts=[expert(bench, t) for t in range(len(bench.tasks))])
 
@@ -234,17 +237,40 @@ def checkpoint(base: Base, folder: pathlib.Path, part: str) -> Tree:
       part: of the model.
 
     Raises:
-      ValueError: it is no copy of the pretrained model.
+      ValueError: it is no copy of the pretrained model, or its ``config.json`` means another function.
     """
+    check_config(base, folder, part)
     if (folder / ADAPTER_CONFIG).is_file():
         reader = open_model(folder, open_model(base.folder))
         tensors = {name: reader.read(name) for name in names.places(base.model.table, reader.specs)}
         params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), names.to_paths(base.model.table, tensors))
     else:
-        whole = models.describe(folder).name == "clip"
-        params = {**base.pretrained, **models.load(folder, part=part if whole and part else None)[1]}
+        params = {**base.pretrained, **models.load(folder, part=_part(folder, part))[1]}
     vectors.check_same_model(trees.flatten(base.pretrained), trees.flatten(params), str(folder))
     return params
+
+
+def check_config(base: Base, folder: pathlib.Path, part: str) -> None:
+    """Raises `ValueError` if an expert's ``config.json`` means another function than the pretrained model's.
+
+    All weights are run as the pretrained model's config says, and shapes do not show frequencies, activations or
+    epsilons. Arguments as for `checkpoint`; an adapter has no such config.
+    """
+    if (folder / ADAPTER_CONFIG).is_file():
+        return
+    found = models.differences(models.describe(folder, part=_part(folder, part)), base.model)
+    if found:
+        told = "; ".join(f"{name} is {own!r}, there {theirs!r}" for name, (own, theirs) in found.items())
+        raise ValueError(
+            f"{folder} is not a fine-tuned copy of the pretrained model in {base.folder}: by config.json {told}. Set "
+            "config.model to the model that this expert was fine-tuned from, or take an expert of that one. To run its "
+            "weights as the pretrained model's config says all the same, set these fields so in a copy of its folder"
+        )
+
+
+def _part(folder: pathlib.Path, part: str) -> str | None:
+    """The part to load of a folder: a tower's is whole."""
+    return part if part and models.describe(folder).name == "clip" else None
 
 
 def cached(job: Job) -> pathlib.Path:

@@ -8,7 +8,7 @@ EfficientNet-Lite0. Language models: BERT and RoBERTa, GPT-2, Llama, Mistral and
 generate text by `taskvec.models.decoding`. Image models: CLIP, whole or one of its towers, and ViT.
 """
 
-from taskvec.models.base import Model
+from taskvec.models.base import Model, differences
 from taskvec.models.files import FAMILIES, describe, load, save
 
-__all__ = ["FAMILIES", "Model", "describe", "load", "save"]
+__all__ = ["FAMILIES", "Model", "describe", "differences", "load", "save"]

@@ -11,6 +11,12 @@ from taskvec.tree import Tree
 
 Array = jax.Array
 
+# Fields of configs that no output depends on (names, where texts end), or that show in the names and shapes of params.
+_SEEN_ELSEWHERE = {
+    "architectures", "labels", "eos_token_id", "pad_token_id", "projected", "projection_dim", "vocab_size", "n_inner",
+    "max_position_embeddings",
+}  # fmt: skip
+
 
 class State(NamedTuple):
     """What a model keeps between two tokens that it generates; B is the batch, or batch x beams.
@@ -74,3 +80,29 @@ def fields_of(cls: type, fields: Mapping[str, Any]) -> dict[str, Any]:
     """What a ``config.json`` says of the fields of a dataclass; lists as tuples, so that configs can be compared."""
     given = {f.name: fields[f.name] for f in dataclasses.fields(cls) if f.name in fields}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+
+
+def differences(mine: Model, other: Model) -> dict[str, tuple[Any, Any]]:
+    """The fields by which two configs make different functions of the same params, each with both values.
+
+    Left out are fields that no output depends on, and sizes that the shapes of the params show. ``pad_token_id`` counts
+    for RoBERTa alone, whose positions begin after it.
+    """
+    if mine.name != other.name:
+        return {"model_type": (mine.name, other.name)}
+    skipped = _SEEN_ELSEWHERE - ({"pad_token_id"} if mine.name == "roberta" else set())
+    mine, other = (_leaves(model.config) for model in (mine, other))
+    return {
+        name: (value, other[name])
+        for name, value in mine.items()
+        if value != other[name] and name.rpartition(".")[2] not in skipped
+    }
+
+
+def _leaves(config: Any, at: str = "") -> dict[str, Any]:
+    """The fields of a config and of those in it, by names with dots."""
+    found = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        found |= _leaves(value, f"{at}{field.name}.") if dataclasses.is_dataclass(value) else {at + field.name: value}
+    return found

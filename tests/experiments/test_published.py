@@ -1,5 +1,7 @@
 """The configs of published checkpoints, and of a transformer trained from nothing, on stand-ins of the true layout."""
 
+import json
+
 import jax
 import ml_collections
 import numpy as np
@@ -37,10 +39,17 @@ def test_clip_checkpoints_are_merged_under_heads_from_prompts(published):
     np.testing.assert_array_equal(expert["blocks"]["mlp"]["up"]["kernel"], own["blocks"]["mlp"]["up"]["kernel"])
 
 
-def test_a_checkpoint_of_another_model(published):
+def test_a_checkpoint_of_another_model(published, monkeypatch):
     base = prepare.load_base(clip.get_config(arguments(published)))
     with pytest.raises(ValueError, match="clip_tower is not a fine-tuned copy of the pretrained model"):
         prepare.checkpoint(base, RECORDED / "clip_tower", "vision_projected")
+    # The shapes are the same; the second expert is refused before rows are read and the first one is loaded.
+    folder = published / f"{ARCHITECTURE}_svhn"
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**fields, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-6}))
+    monkeypatch.setattr(prepare, "load_tasks", None)
+    with pytest.raises(ValueError, match=r"_svhn .*hidden_act is 'quick_gelu', there 'gelu'; layer_norm_eps is 1e-06"):
+        prepare.prepare(clip.get_config(arguments(published)), base, 0)
 
 
 def test_processes_share_the_rows(monkeypatch):

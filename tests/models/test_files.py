@@ -119,6 +119,35 @@ def test_unknown_families_and_places(folder, tmp_path):
         models.load(tmp_path / "nowhere")
 
 
+def described(folder, name, **fields):
+    """A recorded model with other fields in its config."""
+    given = json.loads((TINY.parent / name / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**given, **fields}))
+    return models.describe(folder)
+
+
+def test_configs_that_mean_other_functions_of_the_same_params(tmp_path):
+    found = lambda name, **fields: models.differences(described(tmp_path, name, **fields), models.describe(at / name))
+    at = TINY.parent
+    assert not found("bert_even", pad_token_id=5, architectures=["BertForMaskedLM"])
+    assert found("bert_even", layer_norm_eps=1e-5, num_attention_heads=2) == {
+        "layer_norm_eps": (1e-5, 1e-12), "num_attention_heads": (2, 4),
+    }  # fmt: skip
+    assert found("roberta_tiny", pad_token_id=0) == {"pad_token_id": (0, 1)}
+    assert not found("gpt2_tiny", pad_token_id=3, eos_token_id=[1, 2])
+    rope = json.loads((at / "llama_scaled" / "config.json").read_text())["rope_parameters"]
+    assert found("llama_scaled", rope_parameters={**rope, "rope_theta": 7.0}) == {
+        "rope.rope_theta": (7.0, rope["rope_theta"])
+    }
+    text = json.loads((at / "clip_both" / "config.json").read_text())["text_config"]
+    assert found("clip_both", text_config={**text, "hidden_act": "relu", "eos_token_id": 2}).keys() == {
+        "text_config.hidden_act"
+    }
+    assert models.differences(models.describe(TINY), models.describe(at / "roberta_tiny")) == {
+        "model_type": ("bert", "roberta")
+    }
+
+
 def test_saving_what_is_not_the_model(tmp_path, folder):
     model, params = models.load(TINY)
     with pytest.raises(ValueError, match="embeddings/norm/bias: absent"):
