@@ -21,6 +21,7 @@ from absl import app
 
 from experiments import memory, output, resume, runs, setup
 from experiments.prepare import load_base, prepare
+from taskvec.evaluation import scorers
 from taskvec.io.progress import say
 
 
@@ -40,8 +41,14 @@ def benchmark(config, workdir: pathlib.Path) -> None:
         kept = resume.Seed(workdir, bench)
         for label in output.in_order(config):
             memory.forget_peak()
-            done[label] = runs.run(bench, label, config.settings[label], done, kept)
-            say(table.add(bench, label, done[label]))
+            try:
+                done[label] = runs.run(bench, label, config.settings[label], done, kept)
+                say(table.add(bench, label, done[label]))
+            except scorers.NotFinite as error:
+                raise ValueError(
+                    f"{label}, seed {seed}, task {bench.tasks[error.task].name}: no score. Give {label} smaller scales "
+                    f"or steps, or leave it out of config.methods to have the other rows. {error}"
+                ) from error
         if jax.process_index() == 0:
             table.write(workdir)  # after every seed, so that a run cut short leaves what it has
     resume.forget(workdir)

@@ -118,6 +118,10 @@ def load_tasks(config: Any, base: Base, seed: int) -> Bench:
     """Loads the tasks of a seed, makes the heads, and settles how rows are scored."""
     tokenizer = base.folder if config.suite.kind == "text" else None
     bench = Bench(base, suites.load_suite({**config.suite, "seed": seed}, tokenizer), None, [], seed, config)
+    if hasattr(base.model.config, "vocab_size"):
+        types = getattr(base.model.config, "type_vocab_size", 1)  # one type is not looked at
+        for task in bench.tasks:
+            text.check_ids(task, base.model.config.vocab_size, types if types > 1 else 0)
     if config.heads not in FIXED:
         return bench._replace(scorer=scoring.make(bench, None, model_folder))
     odd = [task.name for task in bench.tasks if task.train.labels.dtype.kind == "f"]
@@ -127,6 +131,11 @@ def load_tasks(config: Any, base: Base, seed: int) -> Bench:
     for task, kernel in zip(bench.tasks, kernels, strict=True):
         if kernel.shape[1] != len(task.classes):
             raise ValueError(f"task {task.name} has {len(task.classes)} classes, but names of {kernel.shape[1]}")
+        if not np.isfinite(kernel).all():
+            raise ValueError(
+                f"task {task.name}: the head that config.heads={config.heads!r} makes holds NaN or infinity; the "
+                "weights do, or the tokenizer in the model's folder has tokens that the model has not"
+            )
     scale = scale if config.head_scale is None else config.head_scale
     heads = heads_lib.make_heads(kernels, scale)
     return bench._replace(heads=heads, scorer=scoring.make(bench, heads, model_folder))

@@ -61,19 +61,20 @@ def answers(bench: Any) -> list[tuple[str, ...]]:
     return [glue.TASKS[task.name].targets if published else tuple(map(str, task.classes)) for task in bench.tasks]
 
 
-def generator(folder: pathlib.Path, model: models.Model, most: int) -> Callable[..., list[str]]:
-    """``(params, inputs) -> texts``: the greedy answers of a model, of at most so many tokens.
+def generator(folder: pathlib.Path, model: models.Model, most: int) -> Callable[..., list[str | None]]:
+    """``(params, inputs) -> texts``: the greedy answers of a model, of at most so many tokens; None at NaN or infinity.
 
     Encoder-decoders end their answers; of a decoder's, which may go on, the first line counts, without white space
     around it.
     """
     tokenizer, alone = text.load_tokenizer(folder), not hasattr(model.config, "decoder_start_token_id")
 
-    def generate(params: Any, inputs: dict[str, np.ndarray]) -> list[str]:
+    def generate(params: Any, inputs: dict[str, np.ndarray]) -> list[str | None]:
         prompt = {key: inputs[key] for key in ("ids", "mask")}
         found = decoding.generate(model, params, prompt, most)
         rows = [ids[mask].tolist() for ids, mask in zip(np.asarray(found.ids), np.asarray(found.mask), strict=True)]
         texts = tokenizer.decode_batch(rows, skip_special_tokens=True)
-        return [written.strip().partition("\n")[0].strip() for written in texts] if alone else texts
+        texts = [written.strip().partition("\n")[0].strip() for written in texts] if alone else texts
+        return [written if ok else None for written, ok in zip(texts, np.isfinite(found.score), strict=True)]
 
     return generate

@@ -94,6 +94,28 @@ def encode_task(task: base.Task, tokenizer, max_length: int) -> base.Task:
     )
 
 
+def check_ids(task: base.Task, vocabulary: int, types: int = 0) -> None:
+    """Raises `ValueError` for the first token that a model does not have: what it looks up for it is NaN.
+
+    Args:
+      task: encoded.
+      vocabulary: number of tokens that the model has.
+      types: number of types of tokens; 0 where it does not look at them.
+    """
+    known = {"ids": vocabulary, "target": vocabulary, "type_ids": types or np.inf}
+    for which in base.SPLITS:
+        inputs = getattr(task, which).inputs
+        for key in known.keys() & inputs.keys():
+            bad = np.argwhere(inputs[key] >= known[key])
+            if len(bad):
+                row, at = bad[0]
+                raise ValueError(
+                    f"task {task.name}: {which} row {row} has {key} {inputs[key][row, at]} at token {at}, the model "
+                    f"has 0 to {known[key] - 1}; the tokenizer in its folder is another model's, or has tokens added "
+                    "since: put the model's own there"
+                )
+
+
 def decode_bytes(raw: bytes) -> str:
     """Reads UTF-8 (with or without a byte order mark), else Latin-1, which always succeeds."""
     try:

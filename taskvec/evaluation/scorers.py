@@ -20,6 +20,25 @@ Array = jax.Array
 Batch = dict[str, np.ndarray]
 
 _NOT_INPUTS = ("label", "weight", "index")
+_NO_TEXT = b"\xff"
+
+
+class NotFinite(ValueError):
+    """Rows cannot be scored, because a model gives NaN, infinity or features whose squares overflow; names the first.
+
+    An arg max over such numbers is class 0, so that their score would look like chance.
+
+    Attributes:
+      task: number of the rows' task.
+    """
+
+    def __init__(self, task: int, bad: np.ndarray, what: str):
+        rows = np.flatnonzero(bad)
+        super().__init__(
+            f"task number {task} (from 0): the model's output for {len(rows)} of {len(bad)} rows is {what}, first for "
+            f"row {rows[0]}; the weights have diverged, or hold such numbers"
+        )
+        self.task = task
 
 
 class Scorer(NamedTuple):
@@ -28,7 +47,7 @@ class Scorer(NamedTuple):
     Attributes:
       outputs: ``(params, batches, num_rows) -> [N, ...]``, one entry a row in the order of the split; see `by_row`.
       score: ``(task, outputs [N, ...], labels [N]) -> [N]``, one number a row, whose mean is the score of the task:
-        true or false where rows are right or wrong.
+        true or false where rows are right or wrong. Raises `NotFinite`.
       tasks: T.
     """
 
@@ -41,6 +60,7 @@ def of_heads(apply_fn: Callable, heads: Heads) -> Scorer:
     """Features ``[N, d]`` of ``apply_fn(params, inputs)["features"]`` under fixed heads; a row is right or wrong."""
 
     def score(task: int, z_Nxd: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        _check_finite(task, z_Nxd)
         return np.asarray(heads_lib.task_logits(heads, task, z_Nxd).argmax(-1)) == np.asarray(labels)
 
     return Scorer(functools.partial(encode, apply_fn), score, heads.kernel.shape[0])
@@ -53,6 +73,7 @@ def of_classifiers(apply_fn: Callable, classifiers: Sequence[Callable[[np.ndarra
     """
 
     def score(task: int, z_Nxd: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        _check_finite(task, z_Nxd)
         logits_NxC = np.asarray(classifiers[task](z_Nxd))
         if np.asarray(labels).dtype.kind == "f":
             return rank_products(logits_NxC[:, 0], labels)
@@ -62,14 +83,14 @@ def of_classifiers(apply_fn: Callable, classifiers: Sequence[Callable[[np.ndarra
 
 
 def of_answers(
-    generate: Callable[[Tree, Batch], Sequence[str]],
+    generate: Callable[[Tree, Batch], Sequence[str | None]],
     answers: Sequence[Sequence[str]],
     numbers: Callable[[list[str]], np.ndarray],
 ) -> Scorer:
     """Texts that a model writes: right where they are, letter for letter, the answer of the row's class.
 
     Args:
-      generate: ``(params, inputs) -> B texts``.
+      generate: ``(params, inputs) -> B texts``; None where the model's logits are NaN or infinite.
       answers: for each task those of its classes; empty where labels are numbers, scored by rank correlation.
       numbers: texts -> ``[N]``, for those tasks.
     """
@@ -78,11 +99,20 @@ def of_answers(
         return by_row(lambda inputs: np.array(generate(params, inputs), object), batches, num_rows)
 
     def score(task: int, texts_N: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        if (bad := np.array([written is None for written in texts_N])).any():
+            raise NotFinite(task, bad, "NaN or infinite")
         if np.asarray(labels).dtype.kind == "f":
             return rank_products(numbers(list(texts_N)), labels)
         return texts_N == np.array(answers[task], object)[labels]
 
     return Scorer(outputs, score, len(answers))
+
+
+def _check_finite(task: int, z_Nxd: np.ndarray) -> None:
+    with np.errstate(over="ignore", invalid="ignore"):
+        bad = ~np.isfinite(np.einsum("nd,nd->n", z_Nxd, z_Nxd))
+    if bad.any():
+        raise NotFinite(task, bad, "NaN, infinite or too large for float32")
 
 
 def rank_products(predicted: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -151,7 +181,9 @@ def of_processes(x_N: np.ndarray) -> np.ndarray:
         return x_N
     if x_N.dtype != object:
         return np.asarray(multihost_utils.process_allgather(x_N, tiled=True))
-    raw_N = np.array([text.encode() for text in x_N])  # texts, which may be of another length elsewhere
+    # Texts, which may be of another length elsewhere, or None: a byte that is no text.
+    raw_N = np.array([_NO_TEXT if text is None else text.encode() for text in x_N])
     longest = int(of_processes(np.array([raw_N.dtype.itemsize], np.int32)).max())
     codes_NxM = raw_N.astype(f"S{longest}").view(np.uint8).reshape(len(raw_N), longest)
-    return np.array([raw.decode() for raw in of_processes(codes_NxM).view(f"S{longest}").ravel()], object)
+    gathered = of_processes(codes_NxM).view(f"S{longest}").ravel()
+    return np.array([None if raw == _NO_TEXT else raw.decode() for raw in gathered], object)

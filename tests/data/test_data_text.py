@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from taskvec.data import text, text_registry, wheels
+from taskvec.data import base, text, text_registry, wheels
 
 
 def write(path, rows):
@@ -28,6 +28,19 @@ def test_encode(tokenizer_folder):
     assert out["ids"].dtype == np.int32 and out["mask"].dtype == bool
     cut = text.encode(np.array(["the bad film of the"], object), tokenizer, 4)
     np.testing.assert_array_equal(cut["ids"], [[2, 4, 9, 3]])
+
+
+def test_tokens_that_the_model_has_not():
+    def task(**inputs):
+        split = base.Split({"ids": np.array([[1, 2], [3, 9]]), **inputs}, np.arange(2))
+        return base.Task("a", ("x", "y"), base.take(split, np.arange(1)), base.take(split, np.arange(0)), split)
+
+    text.check_ids(task(type_ids=np.ones((2, 2), int)), 10)
+    with pytest.raises(ValueError, match="test row 1 has ids 9 at token 1, the model has 0 to 8; the tokenizer"):
+        text.check_ids(task(), 9)
+    for key, value in (("target", 11), ("type_ids", 2)):
+        with pytest.raises(ValueError, match=f"task a: test row 1 has {key} {value} at token 0"):
+            text.check_ids(task(**{key: np.array([[0], [value]])}), 10, 2)
 
 
 def test_missing_tokenizer(tmp_path):

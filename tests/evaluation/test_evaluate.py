@@ -81,7 +81,7 @@ def test_of_processes_each_runs_its_part(monkeypatch):
 
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(multihost_utils, "process_allgather", gathered)
-    seen, texts = [[], []], ["no", "", "yes yes", "Å"]
+    seen, texts = [[], []], ["no", "", None, "Å"]
 
     def mine(t):
         for batch in batches(t):

@@ -6,6 +6,7 @@ import pytest
 from taskvec.evaluation import scorers
 from taskvec.evaluation.evaluate import scored
 from taskvec.modular import results
+from taskvec.training.heads import make_heads
 
 RNG = np.random.default_rng(0)
 
@@ -61,3 +62,17 @@ def test_classifiers_of_experts():
     found = scored(scorer, results.static(z), [batches(y) for y in labels])
     assert found.correct[0].tolist() == [False] * 3 + [True] * 6
     assert found.accuracy[1] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e25])
+def test_rows_that_are_not_finite_have_no_score(value):
+    z, kernel, labels = np.ones((4, 3), np.float32), np.eye(3), np.zeros(4, int)
+    z[2, 1] = value
+    classifiers = scorers.of_classifiers(None, [None, lambda z: z @ kernel])
+    for scorer in (scorers.of_heads(None, make_heads([kernel, kernel])), classifiers):
+        with pytest.raises(scorers.NotFinite, match=r"task number 1 .*1 of 4 rows .* row 2;") as caught:
+            scorer.score(1, z, labels)
+        assert caught.value.task == 1
+    answers = scorers.of_answers(None, [("no", "yes")], None)
+    with pytest.raises(scorers.NotFinite, match="NaN or infinite, first for row 1;"):
+        answers.score(0, np.array(["no", None], object), labels[:2])

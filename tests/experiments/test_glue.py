@@ -31,7 +31,7 @@ def stand_in(folder, recorded, first, last):
     return folder
 
 
-def successors(folder, to, pairs):
+def successors(folder, to, pairs, size=1):
     """Writes a copy of a model that writes after each token the one it is paired with, and else its first token."""
     model, params = models.load(folder)
     flat = {p: np.array(x) for p, x in trees.flatten(params).items()}
@@ -44,7 +44,7 @@ def successors(folder, to, pairs):
     embedding[:] = np.eye(*embedding.shape)
     flat["head/kernel"][:] = 0
     for token, following in pairs.items():
-        flat["head/kernel"][token, following] = 1
+        flat["head/kernel"][token, following] = size
     models.save(to, model, trees.unflatten({p: jnp.asarray(x) for p, x in flat.items()}), source=folder)
 
 
@@ -88,6 +88,10 @@ def test_flan_t5_writes_answers(pairs_of_sentences):
     assert found["individual"].accuracy == {"mrpc": 10 / 16, "rte": 10 / 16, "stsb": 0.0}
     assert found["pretrained"].accuracy == {"mrpc": 0.0, "rte": 0.0, "stsb": 0.0}
     assert found["individual"].protocol.endswith("/answers") and "glue_text_to_text" in found["individual"].protocol
+    successors(recorded, at / "flan-t5-base_glue-rte", {start: 5}, size=3e38)
+    config.suite.tasks = ("rte",)
+    with pytest.raises(ValueError, match=r"weight_average, seed 0, task rte: no score\. .*16 of 16 rows is NaN"):
+        run(config, at / "results")
 
 
 def test_lora_experts(pairs_of_sentences):
