@@ -24,10 +24,10 @@ import jax.numpy as jnp
 
 from taskvec.io import names
 from taskvec.models import layers, vision
-from taskvec.models.base import Array, Model
+from taskvec.models.base import Array, Model, fields_of
 from taskvec.tree import Tree
 
-# Statistics of the pixels that CLIP was trained on, for pixels in [0, 1].
+# Statistics of the pixels that CLIP was trained on, in [0, 1]; where a folder has no preprocessor_config.json.
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -37,9 +37,8 @@ class Tower:
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Any:
         """Makes a config; raises `ValueError` for what is not computed here."""
-        known = [f.name for f in dataclasses.fields(cls) if f.name != "projected"]
-        projected = cls.architectures[True] in (fields.get("architectures") or ())
-        config = cls(**{name: fields[name] for name in known if name in fields}, projected=projected)
+        projected = {"projected": cls.architectures[True] in (fields.get("architectures") or ())}
+        config = cls(**fields_of(cls, fields) | projected)
         vision.check(fields, config, {"num_channels": 3}, "CLIP tower")
         if not isinstance(getattr(config, "eos_token_id", 0), int):
             raise ValueError(f"config.json has eos_token_id={fields['eos_token_id']!r}; the CLIP tower here has one")
@@ -54,7 +53,7 @@ class Tower:
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig(Tower):
-    """The fields of a ``config.json`` that the image tower depends on, and whether it has a projection."""
+    """What of ``config.json`` and the image processor the image tower depends on, and whether it has a projection."""
 
     hidden_size: int = 768
     intermediate_size: int = 3072
@@ -65,6 +64,8 @@ class VisionConfig(Tower):
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
     projection_dim: int = 512
+    image_mean: tuple[float, ...] = MEAN
+    image_std: tuple[float, ...] = STD
     projected: bool = False
 
     model_type = "clip_vision_model"
@@ -134,11 +135,11 @@ def from_json(fields: Mapping[str, Any], part: str | None = None) -> AnyConfig:
 
 
 def _of_both(fields: Mapping[str, Any], part: str | None) -> AnyConfig:
-    width = fields.get("projection_dim", 512)
+    width, pixels = fields.get("projection_dim", 512), {k: x for k, x in fields.items() if k.startswith("image_")}
 
     def tower(kind: type[Tower], name: str, projected: bool = True) -> Any:
         # Where both keys stand, the older one wins, as in transformers.
-        config = kind.from_json(fields.get(f"{name}_dict") or fields.get(name) or {})
+        config = kind.from_json((fields.get(f"{name}_dict") or fields.get(name) or {}) | pixels)
         return dataclasses.replace(config, projection_dim=width, projected=projected)
 
     if part is None:
@@ -260,9 +261,8 @@ def apply_tower(
     Args:
       config: of the tower.
       params: as `abstract` describes; the word table may be any object with ``take(ids, axis=0)``.
-      batch: ``image`` ``[B, H, W, 3]``, RGB: uint8, normalised here, or float, normalised already (with `MEAN` and
-        `STD`). Or ``ids`` int32 ``[B, N]`` with the tokenizer's first and last token, and ``mask`` bool ``[B, N]``
-        (false at padding; may be left out, since no token sees a later one).
+      batch: ``image`` ``[B, H, W, 3]``, RGB: uint8, normalised here, or float, normalised already. Or ``ids``
+        int32 ``[B, N]`` with the tokenizer's first and last token, and ``mask`` bool ``[B, N]``, which may be left out.
       **how: see `taskvec.models.layers.Options`.
 
     Returns:
@@ -285,7 +285,7 @@ def apply_tower(
 
 
 def _image(config: VisionConfig, weights: Tree, batch: Mapping[str, Array], options: layers.Options):
-    x = vision.embed(weights, vision.pixels(batch["image"], config.image_size, MEAN, STD), options.dtype)
+    x = vision.embed(weights, vision.pixels(batch["image"], config), options.dtype)
     return layers.layer_norm(weights["norm"], x, config.layer_norm_eps), None, None
 
 

@@ -52,6 +52,8 @@ def describe(path: PathLike, dtype: Any = jnp.float32, part: str | None = None) 
     if path.suffix in TORCH:
         return efficientnet.make(dtype=dtype)
     fields = _config(path)
+    if fields.get("model_type") in HAVE_PARTS:
+        fields |= _pixels(path)
     if fields.get("model_type") not in FAMILIES:
         raise ValueError(
             f"{path / 'config.json'} has model_type {fields.get('model_type')!r}; supported are {', '.join(FAMILIES)}, "
@@ -77,8 +79,8 @@ def load(path: PathLike, dtype: Any = jnp.float32, part: str | None = None) -> t
 
     Raises:
       FileNotFoundError: no config or no weights; says what is there.
-      ValueError: an architecture that is not supported, names or shapes that do not belong to it, a damaged file, or
-        NaN or infinity in a tensor; says which file and tensor.
+      ValueError: an architecture or image processor that is not supported, names or shapes that do not belong to it, a
+        damaged file, or NaN or infinity in a tensor; says which file and tensor.
     """
     path = pathlib.Path(path)
     model = describe(path, dtype, part)
@@ -134,6 +136,23 @@ def _config(folder: pathlib.Path) -> dict[str, Any]:
             f"{folder} has no config.json ({what}); name a Hugging Face model folder or a .pth file"
         )
     return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _pixels(folder: pathlib.Path) -> dict[str, Any]:
+    """``image_mean`` and ``image_std`` as the folder's image processor has them; {} where there is none."""
+    file, within = folder / "preprocessor_config.json", lambda fields: fields
+    if not file.is_file():  # transformers 5 writes all processors into one file
+        file, within = folder / "processor_config.json", lambda fields: fields.get("image_processor") or {}
+    if not file.is_file():
+        return {}
+    fields = within(json.loads(file.read_text(encoding="utf-8")))
+    factor = fields.get("rescale_factor", 1 / 255)
+    if abs(255 * factor - 1) > 1e-6 or not all(fields.get(name, True) for name in ("do_rescale", "do_normalize")):
+        raise ValueError(
+            f"{file}: rescale_factor, do_rescale or do_normalize say that pixels are not (x / 255 - image_mean) / "
+            "image_std, which is all that is computed here"
+        )
+    return {name: fields[name] for name in ("image_mean", "image_std") if fields.get(name) is not None}
 
 
 def _wanted(model: Model, reader: TensorFiles) -> list[str]:

@@ -12,6 +12,14 @@ from taskvec.models.base import Array
 from taskvec.tree import Tree
 
 
+class Pixels(Protocol):
+    """What a config must say of its images: pixels a side, mean and deviation of the three colours in [0, 1]."""
+
+    image_size: int
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
+
+
 class Sizes(Protocol):
     """What a config must say of its blocks."""
 
@@ -41,6 +49,9 @@ def check(fields: Mapping[str, Any], config: Sizes, fixed: Mapping[str, Any], wh
     for name in ("image_size", "patch_size"):
         if not isinstance(getattr(config, name, 0), int):
             raise ValueError(f"config.json has {name}={fields[name]!r}; the {what} here has one number for both sides")
+    for name in ("image_mean", "image_std"):
+        if len(getattr(config, name, "rgb")) != 3:
+            raise ValueError(f"{name}={fields[name]!r}; the {what} here has one number for each of three colours")
     if config.hidden_size % config.num_attention_heads:
         raise ValueError(f"hidden_size {config.hidden_size} is not a multiple of {config.num_attention_heads} heads")
 
@@ -89,16 +100,17 @@ def block(config: Sizes, bias: Array | None, weights: Tree, x: Array, tap: layer
     return x, state
 
 
-def pixels(image: Array, size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
+def pixels(image: Array, config: Pixels) -> Array:
     """Float32 pixels as the model wants them: uint8 ones are normalised, others are taken as they are.
 
     Raises:
       ValueError: images of another shape than ``[B, size, size, 3]``, or of another integer type than uint8.
     """
+    size = config.image_size
     if image.ndim != 4 or image.shape[1:] != (size, size, 3):
         raise ValueError(f"images of shape {image.shape}, but the model takes [B, {size}, {size}, 3]; resize them")
     if image.dtype == jnp.uint8:
-        return (image.astype(jnp.float32) / 255 - jnp.array(mean)) / jnp.array(std)
+        return (image.astype(jnp.float32) / 255 - jnp.array(config.image_mean)) / jnp.array(config.image_std)
     if not jnp.issubdtype(image.dtype, jnp.floating):
         raise ValueError(f"images of {image.dtype}; the model takes uint8, or floats that are normalised already")
     return image.astype(jnp.float32)

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 
 from taskvec.io import names
 from taskvec.models import layers, vision
-from taskvec.models.base import Array, Model
+from taskvec.models.base import Array, Model, fields_of
 from taskvec.tree import Tree
 
-# Of google/vit-*; other checkpoints may have others: give them normalised floats.
+# Of google/vit-*, where a folder has no preprocessor_config.json.
 MEAN = STD = (0.5, 0.5, 0.5)
 CLASSIFIER = "ViTForImageClassification"
 
@@ -26,7 +26,8 @@ CLASSIFIER = "ViTForImageClassification"
 class Config:
     """The fields of a Hugging Face ``config.json`` that the model depends on, under their names there.
 
-    `labels` are the class names of ``id2label``, in order; none for a model without a head.
+    `labels` are the class names of ``id2label``, in order; none for a model without a head. `image_mean` and
+    `image_std` are those of ``preprocessor_config.json``.
     """
 
     hidden_size: int = 768
@@ -38,6 +39,8 @@ class Config:
     hidden_act: str = "gelu"
     layer_norm_eps: float = 1e-12
     qkv_bias: bool = True
+    image_mean: tuple[float, ...] = MEAN
+    image_std: tuple[float, ...] = STD
     labels: tuple[str, ...] = ()
 
     @classmethod
@@ -50,7 +53,7 @@ class Config:
         """
         if part not in (None, "body"):
             raise ValueError(f"unknown part {part!r} of a ViT; allowed: body")
-        config = cls(**{f.name: fields[f.name] for f in dataclasses.fields(cls) if f.name in fields})
+        config = cls(**fields_of(cls, fields))
         vision.check(fields, config, {"num_channels": 3}, "ViT")
         if part == "body" or CLASSIFIER not in (fields.get("architectures") or ()):
             return config
@@ -127,8 +130,8 @@ def apply(config: Config, params: Tree, batch: Mapping[str, Array], **how: Any) 
     Args:
       config: of the model.
       params: as `abstract` describes.
-      batch: ``image`` ``[B, H, W, 3]``, RGB: uint8, normalised here, or float, normalised already (with `MEAN` and
-        `STD`).
+      batch: ``image`` ``[B, H, W, 3]``, RGB: uint8, normalised here, or float, normalised already (with the
+        config's `image_mean` and `image_std`).
       **how: see `taskvec.models.layers.Options`.
 
     Returns:
@@ -136,7 +139,7 @@ def apply(config: Config, params: Tree, batch: Mapping[str, Array], **how: Any) 
       ``[B, 1 + P, d]``, the normalised last layer; ``logits`` float32 ``[B, C]`` if there is a head; captured pieces.
     """
     options = layers.options_of(how)
-    x = vision.embed(params["embeddings"], vision.pixels(batch["image"], config.image_size, MEAN, STD), options.dtype)
+    x = vision.embed(params["embeddings"], vision.pixels(batch["image"], config), options.dtype)
     block = functools.partial(vision.block, config, None)
     x, captured, _ = layers.run_blocks(block, params["blocks"], layers.Tap(options, options.key).drop(x), options)
     x = layers.layer_norm(params["norm"], x, config.layer_norm_eps)

@@ -94,6 +94,32 @@ def test_two_classes_that_the_config_does_not_name(tmp_path):
         models.load(tmp_path / "two")
 
 
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "processor_config.json"])
+def test_pixels_are_normalised_as_the_folder_says(tmp_path, name):
+    _, params, out, _ = ran(ODD)
+    shutil.copytree(ODD, tmp_path / "other")
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    about = {"image_mean": mean, "image_std": std, "rescale_factor": 0.00392156862745098, "do_rescale": True}
+    write = lambda **more: (tmp_path / "other" / name).write_text(
+        json.dumps(about | more if name[0:3] == "pre" else {"image_processor": about | more})
+    )
+    write()
+    model, _ = models.load(tmp_path / "other")
+    image = (np.random.default_rng(0).random(out["image"].shape) * 256).astype(np.uint8)
+    wanted = run(model, params, {"image": ((image / 255.0 - mean) / std).astype(np.float32)})
+    close(run(model, params, {"image": image})["features"], wanted["features"])
+    models.save(tmp_path / "alone", model, params)
+    assert models.describe(tmp_path / "alone").config == model.config
+    for folder, part in (("clip_both", "vision"), ("clip_both", None), ("clip_tower", None)):
+        shutil.copy(RECORDED / folder / "config.json", tmp_path / "other" / "config.json")
+        config = models.describe(tmp_path / "other", part=part).config
+        assert getattr(config, "vision_config", config).image_mean == tuple(mean)
+    for bad in ({"rescale_factor": 1 / 127.5}, {"do_normalize": False}, {"image_std": [0.2]}):
+        write(**bad)
+        with pytest.raises(ValueError, match=r"all that is computed here|one number for each of three colours"):
+            models.describe(tmp_path / "other")
+
+
 def test_configs_that_mean_another_computation():
     fields = json.loads((CLASSIFIER / "config.json").read_text())
     with pytest.raises(ValueError, match="num_channels=1; the ViT here"):
