@@ -5,7 +5,7 @@ import json
 import pathlib
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -65,10 +65,13 @@ class Bench(NamedTuple):
     config: Any
     scorer: Scorer | None = None
 
-    def batches(self, task: int, split: str) -> list[dict[str, np.ndarray]]:
-        """All rows of one task's ``train``, ``held_out`` or ``test`` split; of several processes, this one's part."""
+    def batches(self, task: int, split: str) -> Iterator[dict[str, np.ndarray]]:
+        """All rows of one task's ``train``, ``held_out`` or ``test`` split; of several processes, this one's part.
+
+        Pictures are decoded as the batches are asked for: whole splits decoded do not fit into memory.
+        """
         own = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-        return list(batches.eval_batches(getattr(self.tasks[task], split), self.config.eval_batch_size, **own))
+        return batches.eval_batches(getattr(self.tasks[task], split), self.config.eval_batch_size, **own)
 
     def head(self, task: int) -> tuple:
         """Kernel, class mask and scale of one task."""

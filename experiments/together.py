@@ -219,13 +219,12 @@ def _forkmerge(bench: Bench, settings: Mapping[str, Any], recipe: Recipe, place:
         tuner.apply_fn, _optimiser(recipe), bench.heads, _batches(bench, recipe.batches), trainable=tuner.trainable,
         fixed=fixed, sam_rho=recipe.sam_rho, seed=bench.seed,
     )  # fmt: skip
-    rows = {t: bench.batches(t, "held_out") for t in targets}
 
     def evaluate(learnables: Tree) -> float:
         params, found = tuner.trainable.weights(learnables, fixed), []
         for t in targets:
-            labels = bench.tasks[t].held_out.labels
-            found.append(bench.scorer.score(t, bench.scorer.outputs(params, rows[t], len(labels)), labels).mean())
+            rows, labels = bench.batches(t, "held_out"), bench.tasks[t].held_out.labels
+            found.append(bench.scorer.score(t, bench.scorer.outputs(params, rows, len(labels)), labels).mean())
         return float(np.mean(found))
 
     with _opened(place, "forkmerge", bench.config.checkpoint_every, keep=1) as checkpoint:

@@ -92,7 +92,7 @@ def prefetched(batch: Callable[[int], Batch], steps: int, ahead: int = 2) -> Cal
 def eval_batches(
     split: Split, batch_size: int, length_multiple: int = 16, process_index: int = 0, process_count: int = 1
 ) -> Iterator[Batch]:
-    """Yields every row once, sorted by length, all batches of `batch_size` rows.
+    """Yields every row once, sorted by length, all batches of `batch_size` rows, the next ones made while one is used.
 
     Besides inputs and ``"label"`` a batch has ``"weight"`` float32 ``[B]`` (1 for a row, 0 for padding) and ``"index"``
     int32 ``[B]`` (row number in the split, -1 for padding). The last batch is padded with repeats of its first row.
@@ -103,14 +103,18 @@ def eval_batches(
     _check_processes(batch_size, process_index, process_count)
     n, lengths = len(split.labels), _lengths(split)
     order = np.arange(n) if lengths is None else np.argsort(lengths, kind="stable")
-    for at in range(0, n, batch_size):
-        rows = order[at : at + batch_size]
+
+    def batch(step: int) -> Batch:
+        rows = order[step * batch_size :][:batch_size]
         index = np.full(batch_size, -1, np.int32)
         index[: len(rows)] = rows
         index = index.reshape(process_count, -1)[process_index]
         width = int(lengths[rows].max()) if lengths is not None else None
-        batch = _collate(split, np.where(index < 0, rows[0], index), length_multiple, width)
-        yield batch | {"weight": (index >= 0).astype(np.float32), "index": index}
+        made = _collate(split, np.where(index < 0, rows[0], index), length_multiple, width)
+        return made | {"weight": (index >= 0).astype(np.float32), "index": index}
+
+    steps = -(-n // batch_size)
+    yield from map(prefetched(batch, steps), range(steps))
 
 
 def take(split: Split, rows: np.ndarray) -> Batch:

@@ -1,6 +1,6 @@
 """Scores of a merge result on every task. Outputs come first: corrections (Surgery) and scores are made from them."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -45,6 +45,7 @@ def evaluate(
       apply_fn: ``(params, inputs) -> {"features": [B, d], ...}``.
       merged: from `taskvec.modular.results`.
       batches_per_task: T iterables of batches: inputs, ``label`` ``[B]`` and ``index`` ``[B]`` as in `scorers.by_row`.
+        They are gone through once, a task after the other, and no batch is kept.
       heads: of the T tasks.
 
     Raises:
@@ -59,11 +60,18 @@ def scored(scorer: Scorer, merged: Merged, batches_per_task: Sequence[Iterable[B
         raise ValueError(f"batches of {len(batches_per_task)} tasks but heads of {scorer.tasks}")
     outputs, labels = [], []
     for t, batches in enumerate(batches_per_task):
-        batches = list(batches)
+        seen: list[Batch] = []
+        z = scorer.outputs(merged.params_for(t), _noting(batches, seen), None)
         index, label = (
-            scorers.of_processes(np.concatenate([batch[key] for batch in batches])) for key in ("index", "label")
+            scorers.of_processes(np.concatenate([part[key] for part in seen])) for key in ("index", "label")
         )
         labels.append(label[index >= 0][np.argsort(index[index >= 0])])
-        z = scorer.outputs(merged.params_for(t), batches, len(labels[t]))
         outputs.append(np.asarray(merged.features_for(t, z)))
     return Evaluation(*accuracy(scorer, outputs, labels), outputs)
+
+
+def _noting(batches: Iterable[Batch], seen: list[Batch]) -> Iterator[Batch]:
+    """The same batches, one by one: a test set of pictures may be larger than memory. What scores need is noted."""
+    for batch in batches:
+        seen.append({key: batch[key] for key in ("index", "label")})
+        yield batch

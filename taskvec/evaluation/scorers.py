@@ -51,7 +51,7 @@ class Scorer(NamedTuple):
       tasks: T.
     """
 
-    outputs: Callable[[Tree, Iterable[Batch], int], np.ndarray]
+    outputs: Callable[[Tree, Iterable[Batch], int | None], np.ndarray]
     score: Callable[[int, np.ndarray, np.ndarray], np.ndarray]
     tasks: int
 
@@ -95,7 +95,7 @@ def of_answers(
       numbers: texts -> ``[N]``, for those tasks.
     """
 
-    def outputs(params: Tree, batches: Iterable[Batch], num_rows: int) -> np.ndarray:
+    def outputs(params: Tree, batches: Iterable[Batch], num_rows: int | None) -> np.ndarray:
         return by_row(lambda inputs: np.array(generate(params, inputs), object), batches, num_rows)
 
     def score(task: int, texts_N: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -134,7 +134,7 @@ def _features(apply_fn: Callable, params: Tree, inputs: Batch) -> Array:
     return apply_fn(params, inputs)["features"]
 
 
-def encode(apply_fn: Callable, params: Tree, batches: Iterable[Batch], num_rows: int) -> np.ndarray:
+def encode(apply_fn: Callable, params: Tree, batches: Iterable[Batch], num_rows: int | None) -> np.ndarray:
     """Features of a split in the order of its rows, ``[N, d]`` float32.
 
     The compiled forward pass is kept for `apply_fn`, so that further weights and tasks of equal shapes compile nothing.
@@ -150,14 +150,14 @@ def encode(apply_fn: Callable, params: Tree, batches: Iterable[Batch], num_rows:
     return by_row(functools.partial(_features, apply_fn, params), batches, num_rows).astype(np.float32, copy=False)
 
 
-def by_row(function: Callable[[Batch], Array], batches: Iterable[Batch], num_rows: int) -> np.ndarray:
+def by_row(function: Callable[[Batch], Array], batches: Iterable[Batch], num_rows: int | None) -> np.ndarray:
     """What a function gives for every row of a split, in the order of its rows.
 
     Args:
       function: inputs of B rows -> ``[B, ...]``.
       batches: inputs with ``index`` ``[B]``, the row in the split or -1 for padding; of several processes each has its
         part (`taskvec.data.batches.eval_batches`), and all get the whole back.
-      num_rows: N.
+      num_rows: N; None for as many as there are.
 
     Raises:
       ValueError: rows are missing or occur twice.
@@ -168,6 +168,7 @@ def by_row(function: Callable[[Batch], Array], batches: Iterable[Batch], num_row
         index.append(batch["index"])
     index = of_processes(np.concatenate(index))
     rows = np.flatnonzero(index >= 0)
+    num_rows = len(rows) if num_rows is None else num_rows
     if not np.array_equal(np.sort(index[rows]), np.arange(num_rows)):
         raise ValueError(
             f"batches must hold each of {num_rows} rows once, found {len(rows)} (an iterator is used up after one pass)"

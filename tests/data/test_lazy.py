@@ -75,6 +75,23 @@ def test_other_batches_take_encoded_images():
     assert batches.join([batches.take(split(), np.array([3, 0]))] * 2)["image"].shape == (4, 16, 20, 3)
 
 
+def test_evaluation_decodes_ahead_and_not_far():
+    decoded, next_ones = [], threading.Event()
+
+    def transform(picture, rng):
+        decoded.append(1)
+        if len(decoded) == 12:
+            next_ones.set()
+        return np.asarray(picture)
+
+    rows = batches.eval_batches(split(40, transform=transform), 4)
+    assert not decoded
+    first = next(rows)
+    assert next_ones.wait(5) and first["index"].tolist() == [0, 1, 2, 3]
+    assert len(decoded) == 12
+    assert [batch["index"][0] for batch in rows] == list(range(4, 40, 4)) and len(decoded) == 40
+
+
 def test_prefetched_is_the_same_function_and_works_ahead():
     made, asked = [], threading.Event()
 

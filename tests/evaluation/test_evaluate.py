@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import threading
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from jax.experimental import multihost_utils
 
 from taskvec.evaluation import scorers
-from taskvec.evaluation.evaluate import evaluate
+from taskvec.evaluation.evaluate import evaluate, scored
 from taskvec.evaluation.scorers import encode
 from taskvec.modular import results
 from taskvec.training.heads import make_heads
@@ -105,6 +106,31 @@ def test_of_processes_each_runs_its_part(monkeypatch):
             np.testing.assert_allclose(found.outputs[t], z, rtol=1e-5, atol=1e-5)
             assert found.accuracy[t] == correct.mean()
     assert sorted(seen[0] + seen[1]) == sorted([*range(10), *range(7)]) and all(seen)
+
+
+def test_batches_are_used_as_they_come_and_none_is_kept():
+    heads, events, given = make_heads(KERNELS), [], []
+
+    def made(t):
+        for i, batch in enumerate(batches(t)):
+            given.append(weakref.ref(batch["x"]))
+            assert sum(x() is not None for x in given) <= 2  # this one, and what was asked for before
+            events.append(("made", t, i))
+            yield batch
+            del batch
+
+    def run(params, batches, num_rows):
+        def one(inputs):
+            events.append(("used", *events[-1][1:]))
+            return np.asarray(inputs["x"] @ params["w"])
+
+        return scorers.by_row(one, batches, num_rows)
+
+    scorer = scorers.of_heads(model(), heads)._replace(outputs=run)
+    found = scored(scorer, results.static({"w": W[0]}), [made(0), made(1)])
+    assert events == [(what, t, i) for t, n in ((0, 3), (1, 2)) for i in range(n) for what in ("made", "used")]
+    for t in (0, 1):
+        np.testing.assert_array_equal(found.correct[t], expected(t, W[0])[1])
 
 
 def test_every_row_is_needed_once():
