@@ -18,8 +18,8 @@ from taskvec.evaluation import rows as rows_lib
 
 # The library's code that fine-tuning runs through, and training on all tasks together besides.
 _CODE = (
-    "tree.py", "models", "data", "training", "adaptive/fit.py", "adaptive/objectives.py", "io/names.py",
-    "io/torch_checkpoint.py",
+    "tree.py", "models", "data", "training", "adaptive/fit.py", "adaptive/objectives.py", "adaptive/optimisers.py",
+    "io/names.py", "io/torch_checkpoint.py",
 )  # fmt: skip
 _TOGETHER = ("adaptive/parametrisation.py", "adaptive/rows.py", "merging", "transforms", "vectors.py")
 

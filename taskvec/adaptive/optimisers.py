@@ -66,12 +66,17 @@ def sharpness_aware(rho: float, adaptive: bool = False) -> Callable[[LossFn], Gr
 
         def apply(state, learnables, frozen, batch, key):
             (loss, metrics), g = value_and_grad(learnables, frozen, batch, key)
-            size = jax.tree.map(jnp.abs if adaptive else jnp.ones_like, learnables)
-            up = optax.tree.mul(size, g)
-            uphill = rho / jnp.maximum(optax.tree.norm(up), 1e-12)
-            ahead = jax.tree.map(lambda x, s, d: x + (uphill * s * d).astype(x.dtype), learnables, size, up)
+            ahead = worst_nearby(learnables, g, rho, adaptive)
             return loss, metrics, value_and_grad(ahead, frozen, batch, key)[1], state
 
         return Gradient(lambda learnables: (), apply)
 
     return gradient
+
+
+def worst_nearby(x: Tree, g: Tree, rho: float, adaptive: bool = False) -> Tree:
+    """The point of `sharpness_aware`, from the gradient g at x."""
+    size = jax.tree.map(jnp.abs if adaptive else jnp.ones_like, x)
+    up = optax.tree.mul(size, g)
+    uphill = rho / jnp.maximum(optax.tree.norm(up), 1e-12)
+    return jax.tree.map(lambda x, s, d: x + (uphill * s * d).astype(x.dtype), x, size, up)

@@ -7,7 +7,8 @@ import numpy as np
 import optax
 
 from taskvec.adaptive.fit import make_fit
-from taskvec.training.finetune import classify, sharpness_aware
+from taskvec.adaptive.optimisers import sharpness_aware
+from taskvec.training.finetune import classify
 from taskvec.training.heads import Heads
 from taskvec.training.trainable import Trainable, full
 from taskvec.tree import Tree
@@ -65,7 +66,7 @@ def make_branches(
       batches: T functions ``step -> inputs`` and ``label`` int32 ``[B]``, of one shape (others compile once more).
       trainable: what is trained, all weights by default. Weights that are merged by their learnables alone: not LoRA.
       fixed: of ``trainable.init``, whose learnables the branches then are.
-      sam_rho: see `finetune.sharpness_aware`.
+      sam_rho: see `optimisers.sharpness_aware`; 0 for none.
       seed: of the tasks drawn and of the step's keys. The draw depends on the step alone, as in the released code.
       chunk: see `adaptive.fit.make_fit`.
     """
@@ -77,7 +78,7 @@ def make_branches(
         head = (heads.kernel[task], heads.class_mask[task], heads.scale)
         return classify(trainable.apply(apply_fn, learnables, fixed, batch), head, batch)
 
-    run = make_fit(sharpness_aware(loss_fn, sam_rho), optimiser, chunk=chunk)
+    run = make_fit(sharpness_aware(sam_rho)(loss_fn) if sam_rho else loss_fn, optimiser, chunk=chunk)
     frozen = fixed, heads._replace(scale=np.float32(heads.scale))
 
     def train(

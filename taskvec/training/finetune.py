@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from taskvec.adaptive import objectives
-from taskvec.adaptive.fit import Gradient, LossFn, make_fit
+from taskvec.adaptive.fit import make_fit
+from taskvec.adaptive.optimisers import sharpness_aware
 from taskvec.training import heads
 from taskvec.training.recipes import Recipe
 from taskvec.training.trainable import Trainable, full
@@ -97,7 +97,7 @@ def make_finetune(
         model = functools.partial(apply_fn, dropout=recipe.dropout, key=key) if recipe.dropout else apply_fn
         return objective(trainable.apply(model, learnables, fixed, batch), head, batch, **smoothing)
 
-    gradient = sharpness_aware(loss_fn, recipe.sam_rho)
+    gradient = sharpness_aware(recipe.sam_rho)(loss_fn) if recipe.sam_rho else loss_fn
     run = make_fit(gradient, recipe.optimiser(), chunk=chunk, accumulate=recipe.accumulate)
 
     def finetune(
@@ -126,20 +126,3 @@ def make_finetune(
 def weights_of(trainable: Trainable, params: Tree, learnables: Tree) -> Tree:
     """The fine-tuned weights from what `finetune` returned."""
     return trainable.weights(learnables, trainable.init(params)[1])
-
-
-def sharpness_aware(loss_fn: LossFn, rho: float) -> LossFn | Gradient:
-    """The gradient of `loss_fn` at ``x + rho g / |g|``, g its gradient at x (SAM, arXiv 2010.01412).
-
-    Loss and metrics are those at x. `rho` 0 gives `loss_fn` itself.
-    """
-    if not rho:
-        return loss_fn
-
-    def apply(state, learnables, frozen, batch, key):
-        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(learnables, frozen, batch, key)
-        factor = rho / jnp.maximum(optax.tree.norm(grads), 1e-12)
-        moved = jax.tree.map(lambda x, g: (x + factor * g).astype(x.dtype), learnables, grads)
-        return loss, metrics, jax.grad(loss_fn, has_aux=True)(moved, frozen, batch, key)[0], state
-
-    return Gradient(lambda *start: (), apply)

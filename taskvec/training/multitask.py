@@ -16,6 +16,7 @@ import optax
 from taskvec import tree as trees
 from taskvec.adaptive import objectives
 from taskvec.adaptive.fit import FitResult, Gradient, make_fit
+from taskvec.adaptive.optimisers import worst_nearby
 from taskvec.adaptive.parametrisation import weighted_sum
 from taskvec.adaptive.rows import split_tasks
 from taskvec.training import balancers, heads as heads_lib
@@ -171,8 +172,7 @@ def task_gradients(
         (loss, accuracy), g = value_and_grad(params)
         if not sam_rho:
             return loss, accuracy, [g]
-        uphill = sam_rho / jnp.maximum(optax.tree.norm(g), 1e-12)
-        _, ahead = value_and_grad(jax.tree.map(lambda p, d: p + (uphill * d).astype(p.dtype), params, g))
+        _, ahead = value_and_grad(worst_nearby(params, g, sam_rho))
         return loss, accuracy, [g, optax.tree.sub(ahead, g)]
 
     rows = {name: split_tasks(x, num_tasks) for name, x in batch.items() if name != "validation"}
