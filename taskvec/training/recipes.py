@@ -7,8 +7,11 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
+import jax
 import jax.numpy as jnp
 import optax
+
+from taskvec.tree import Tree
 
 # Passes over the training rows, about 2,000 steps of 128 rows each, by the family of checkpoints that a suite is of.
 # mlfoundations/task_vectors, src/finetune.py (gortizji/tangent_task_arithmetic has the same):
@@ -34,7 +37,8 @@ class Recipe:
       batch_size: rows a batch.
       learning_rate: peak.
       warmup: steps with rising learning rate; below 1, their share of all steps.
-      weight_decay: decoupled, towards zero, of everything that is trained (AdamW); 0 is Adam.
+      weight_decay: decoupled, towards zero, of everything that is trained (AdamW); 0 is Adam. Not of a tensor that has
+        had no gradient: what the loss does not depend on keeps its bits, as in PyTorch.
       clip: largest global norm of a gradient; None for no limit.
       sam_rho: radius of sharpness-aware minimisation (arXiv 2010.01412), 0 for none; a step then takes two gradients.
       accumulate: batches a step of the optimiser. Warm-up and schedule count steps; progress, metrics and checkpoints
@@ -129,13 +133,27 @@ class Recipe:
         """
         parts = [optax.scale(self.accumulate)] if self.accumulate > 1 and self.accumulate_by == "sum" else []
         parts += [] if self.clip is None else [optax.clip_by_global_norm(self.clip)]
-        adam = optax.adamw(self.schedule(), weight_decay=self.weight_decay)
-        return optax.chain(*parts, adam if self.weight_decay else optax.adam(self.schedule()))
+        parts += [optax.scale_by_adam()] + ([_decay(self.weight_decay)] if self.weight_decay else [])
+        return optax.chain(*parts, optax.scale_by_learning_rate(self.schedule()))
 
     def _settled(self) -> int:
         if self.steps is None:
             raise ValueError("steps is None, a number of passes over a task's rows: call for_task first")
         return self.steps
+
+
+def _decay(rate: float) -> optax.GradientTransformation:
+    """Adds ``rate * x`` to Adam's updates, but to one that is zero throughout: that leaf has had no gradient.
+
+    A leaf that the loss depends on may have none in its first steps (LoRA's A while B is zero) and rests as long, where
+    PyTorch's would decay.
+    """
+
+    def update(updates: Tree, state: optax.EmptyState, params: Tree) -> tuple[Tree, optax.EmptyState]:
+        decayed = lambda u, x: u + jnp.where((u != 0).any(), rate, 0).astype(u.dtype) * x
+        return jax.tree.map(decayed, updates, params), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 _OPEN_CLIP = Recipe(None, 128, 1e-5, warmup=500, weight_decay=0.1, clip=1.0)

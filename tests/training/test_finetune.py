@@ -179,6 +179,17 @@ def test_the_published_recipes():
         recipes.get("ilharco")
 
 
+def test_what_the_loss_does_not_depend_on_stays():
+    """A text tower beside the image tower: trained with the rest, it has no gradient, and so no weight decay."""
+    params, made = start()
+    idle = jnp.asarray(np.random.default_rng(1).normal(size=7), jnp.float32)
+    recipe = Recipe(3, 16, 1e-2, weight_decay=0.1, clip=0.05)
+    tuned = make_finetune(encoder(), recipe)({**params, "idle": idle}, *first_head(made), task(0, 3))
+    np.testing.assert_array_equal(tuned["idle"], idle)
+    for name, x in by_hand(recipe).items():
+        np.testing.assert_allclose(tuned[name], x, atol=2e-5)
+
+
 def test_what_is_not_trained_stays():
     """Weight decay and clipping see what is trained alone; the task vector of the rest is exactly zero."""
     params, made = start()
