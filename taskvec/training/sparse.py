@@ -1,6 +1,6 @@
 """Lottery-ticket sparse fine-tuning (LT-SFT, arXiv 2110.07560): task vectors that are sparse by construction.
 
-Fine-tune everything; keep the entries that moved most; go back to the start and fine-tune those alone.
+Fine-tune everything that takes part; keep the entries that moved most; go back to the start and fine-tune those alone.
 """
 
 from collections.abc import Callable
@@ -58,13 +58,17 @@ def lt_sft(
       finetune: of `make_finetune` with ``trainable=masked()``; both phases share its compiled step.
       params: pretrained; left intact.
       *task: head and batches, see `make_finetune`.
-      density, include, exclude: see `largest_changes`. The authors freeze layer norms: ``exclude="norm"``.
+      density, include, exclude: see `largest_changes`; what takes no part stays as it is in both phases. The authors
+        freeze layer norms: ``exclude="norm"``.
       checkpoints: one a phase.
       on_chunk: as for `finetune`; the second phase counts on from `steps`.
       steps: of a phase.
       **settings: for `finetune`.
     """
-    first = finetune(params, *task, checkpoint=checkpoints[0], on_chunk=on_chunk, **settings)
+    part = chosen(params, include, exclude)
+    every = trees.map_with_path(lambda path, x: jnp.full(x.shape, path in part), params)
+    start = params, {"params": params, "mask": every}
+    first = finetune(params, *task, start=start, checkpoint=checkpoints[0], on_chunk=on_chunk, **settings)
     fixed = {"params": params, "mask": largest_changes(params, jax.device_get(first), density, include, exclude)}
     later = on_chunk and (lambda step, metrics: on_chunk(steps + step, metrics))
     second = finetune(params, *task, start=(params, fixed), checkpoint=checkpoints[1], on_chunk=later, **settings)

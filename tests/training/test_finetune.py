@@ -216,6 +216,11 @@ def test_lt_sft_trains_the_entries_that_moved_most():
     moved = np.concatenate([np.abs(dense[k] - params[k]).ravel() for k in ("w", "b")])
     changed = np.concatenate([np.asarray(tuned[k] != params[k]).ravel() for k in ("w", "b")])
     np.testing.assert_array_equal(changed, moved >= np.sort(moved)[-7])  # 0.2 of 35
+    # What is excluded does not move while the others are chosen either.
+    tuned = lt_sft(finetune, params, *first_head(made), task(0, 3), density=22 / 30, exclude="b")
+    moved = np.abs(by_hand(recipe, trained=slice(D_IN * D))["w"] - params["w"])
+    np.testing.assert_array_equal(tuned["w"] != params["w"], moved >= np.sort(moved, None)[-22])
+    np.testing.assert_array_equal(tuned["b"], params["b"])
     mask = largest_changes(params, dense, 1.0, exclude="b")
     assert mask["w"].all() and not mask["b"].any()
     assert not any(x.any() for x in largest_changes(params, params, 0.5).values())  # nothing moved
