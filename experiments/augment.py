@@ -18,9 +18,9 @@ from taskvec.data.lazy import Images, Transform
 METHODS = ("atlas", "atlas_few_shot", "atlas_ufm")
 
 
-def crop_and_flip(size: int, area: tuple[float, float] = (0.5, 1.0)) -> Transform:
-    """A random part of that `area`, bicubic to ``[size, size, 3]``, and its mirror image in half of the cases."""
-    crop = preprocessing.clip_train(size, area)
+def crop_and_flip(size: int) -> Transform:
+    """A random part of at least half the area, bicubic to ``[size, size, 3]``, mirrored in half of the cases."""
+    crop = preprocessing.clip_train(size, area=(0.5, 1.0))
 
     def apply(picture, rng: np.random.Generator) -> np.ndarray:
         pixels = crop(picture, rng)

@@ -97,13 +97,11 @@ def _heavy_tailed_noise(rng: np.random.Generator, shape: tuple[int, ...]) -> np.
     return rng.standard_normal(shape, dtype=np.float32) * spread
 
 
-def _write(
-    path: pathlib.Path, shapes: Shapes, dtype, noise: Callable | None, seed: int, shard_bytes: int = SHARD_BYTES
-) -> None:
+def _write(path: pathlib.Path, shapes: Shapes, dtype, noise: Callable | None, seed: int) -> None:
     """Writes the base model, plus noise drawn from `seed` if there is a noise."""
     specs = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes.items()}
     rng = np.random.default_rng(seed)
-    with SafetensorsWriter(path, specs, max_shard_bytes=shard_bytes) as writer:
+    with SafetensorsWriter(path, specs, max_shard_bytes=SHARD_BYTES) as writer:
         for name, x in _base(shapes, np.random.default_rng(0)):
             writer.write(name, (x + noise(rng, x.shape) if noise else x).astype(dtype))
 

@@ -165,9 +165,3 @@ def tensor_numbers(theta0: Tree) -> Tree:
         return jnp.array([zlib.crc32(trees.layer_path(path, i).encode()) for i in range(x.shape[0])], jnp.uint32)
 
     return trees.map_with_path(leaf, theta0)
-
-
-def tensor_keys(theta0: Tree, key: Array) -> Tree:
-    """A key for every per-layer tensor, which depends on its path alone: scalars, ``[L]`` for stacked leaves."""
-    fold = lambda number: jax.random.fold_in(key, number)
-    return jax.tree.map(lambda n: jax.vmap(fold)(n) if n.ndim else fold(n), tensor_numbers(theta0))

@@ -25,20 +25,19 @@ def accuracy(
     methods: Sequence[str],
     tasks: Sequence[str],
     values_MxK: np.ndarray,
-    gain_from: int = 0,
     title: str = "",
 ) -> None:
-    """Methods x tasks: numbers are accuracies in per cent, colours the gain over the method in row `gain_from`.
+    """Methods x tasks: numbers are accuracies in per cent, colours the gain over the method in the first row.
 
     Args:
       path: of the PNG file.
-      methods, tasks: M row and K column names; a last column with the mean is added.
+      methods, tasks: M row and K column names; a last column with the mean is added. The first method is the
+        reference, usually the pretrained model.
       values_MxK: accuracies in [0, 1].
-      gain_from: row of the reference, usually the pretrained model.
       title: above the figure.
     """
     percent = 100 * np.concatenate([values_MxK, values_MxK.mean(1, keepdims=True)], axis=1)
-    gain = percent - percent[gain_from]
+    gain = percent - percent[0]
     low, high = min(gain.min(), 0.0), max(gain.max(), 1.0)
     figure, axes = plt.subplots(figsize=(2.2 + 1.05 * (len(tasks) + 1), 1.2 + 0.36 * len(methods)))
     image = axes.imshow(gain, aspect="auto", cmap="RdBu", norm=TwoSlopeNorm(0.0, -high, high))
@@ -50,7 +49,7 @@ def accuracy(
     axes.set_yticks(range(len(methods)), methods, fontsize=9)
     axes.axvline(len(tasks) - 0.5, color="black", linewidth=1)
     axes.tick_params(length=0)
-    bar = figure.colorbar(image, label=f"points gained over {methods[gain_from]}", fraction=0.05, pad=0.02)
+    bar = figure.colorbar(image, label=f"points gained over {methods[0]}", fraction=0.05, pad=0.02)
     bar.ax.set_ylim(max(low, -high), high)  # the part of the scale that occurs
     axes.set_title(title, fontsize=10)
     _save(figure, path)

@@ -111,10 +111,10 @@ class Row:
         return json.dumps(self.to_dict(), sort_keys=True, default=_plain, allow_nan=False)
 
 
-def with_normalised(rows: Sequence[Row], reference: str = "individual") -> list[Row]:
-    """Fills in normalised accuracies from the rows labelled `reference`, of equal protocol, suite, model and seed."""
+def with_normalised(rows: Sequence[Row]) -> list[Row]:
+    """Fills in normalised accuracies from rows labelled ``individual``, of equal protocol, suite, model and seed."""
     key = lambda row: (row.protocol, row.suite, row.model, row.seed)
-    individual = {key(row): row.accuracy for row in rows if row.label == reference}
+    individual = {key(row): row.accuracy for row in rows if row.label == "individual"}
 
     def normalised(row: Row) -> float | None:
         best = individual.get(key(row), {})

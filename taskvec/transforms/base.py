@@ -175,10 +175,10 @@ def chain(*transforms: Transform | Chain) -> Chain:
     return Chain(tuple(stages))
 
 
-def check_fraction(name: str, value: float, low: float = 0.0) -> float:
-    """Returns `value` if it lies in ``(low, 1]``; raises `ValueError` otherwise."""
-    if not low < value <= 1.0:
-        raise ValueError(f"{name} must lie in ({low:g}, 1], got {value!r} (a percentage is written 0.2, not 20)")
+def check_fraction(name: str, value: float) -> float:
+    """Returns `value` if it lies in ``(0, 1]``; raises `ValueError` otherwise."""
+    if not 0.0 < value <= 1.0:
+        raise ValueError(f"{name} must lie in (0, 1], got {value!r} (a percentage is written 0.2, not 20)")
     return value
 
 
