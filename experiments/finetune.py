@@ -23,8 +23,8 @@ from experiments.prepare import Base, Bench, Job
 from taskvec import host, models
 from taskvec.data import suites
 from taskvec.evaluation import scorers
+from taskvec.io.atomic import temporary_name, write_text
 from taskvec.io.progress import say
-from taskvec.io.safetensors_format import temporary_name, write_text
 from taskvec.training.trainable import linearised
 from taskvec.tree import Tree
 

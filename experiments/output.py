@@ -15,7 +15,7 @@ from taskvec.data import suites
 from taskvec.evaluation import rows as rows_lib, statistics
 from taskvec.evaluation.evaluate import accuracy
 from taskvec.io import coefficients
-from taskvec.io.safetensors_format import write_text
+from taskvec.io.atomic import write_text
 from taskvec.merging import registry
 
 BEST_STATIC = "best static"

@@ -16,8 +16,8 @@ import jax
 
 from experiments import keys
 from experiments.prepare import Bench
+from taskvec.io.atomic import write_text
 from taskvec.io.checkpoints import Checkpoint
-from taskvec.io.safetensors_format import write_text
 
 SECONDS = 300.0  # between two checkpoints of a row; the state of a mask is as large as three models
 

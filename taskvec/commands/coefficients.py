@@ -9,7 +9,7 @@ from typing import Any
 from taskvec.commands.request import Request
 from taskvec.io import coefficients, names
 from taskvec.io.folders import Model
-from taskvec.io.safetensors_format import some
+from taskvec.messages import some
 
 METHOD = "coefficients"
 # Methods whose coefficients do not make their result without more, and what else does.

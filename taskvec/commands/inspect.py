@@ -12,7 +12,7 @@ from taskvec.commands.show import bar, block_of, table
 from taskvec.io import prefixes
 from taskvec.io.align import View
 from taskvec.io.folders import Model, open_model
-from taskvec.io.safetensors_format import some
+from taskvec.messages import some
 from taskvec.transforms import LeafPolicy
 
 

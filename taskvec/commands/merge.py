@@ -11,11 +11,12 @@ from typing import Any
 
 from taskvec.commands.job import Job
 from taskvec.io import provenance
+from taskvec.io.atomic import alive, remove_stale, this_process, write_text
 from taskvec.io.folders import Model
 from taskvec.io.hashes import Hashes
 from taskvec.io.safetensors import SafetensorsReader, SafetensorsWriter
-from taskvec.io.safetensors_format import alive, remove_stale, some, this_process, write_text
 from taskvec.merging.streamed import merge_streamed
+from taskvec.messages import some
 
 # Stands in a folder while it is being written, and says what will be there.
 UNFINISHED = ".taskvec_unfinished"

@@ -9,6 +9,7 @@ from rich.markup import escape
 
 from taskvec.commands.show import table
 from taskvec.merging import registry
+from taskvec.messages import did_you_mean
 
 _ADAPTIVE = "not by `taskvec merge`: run from Python (taskvec.adaptive.registry) or by a config of configs/"
 _CHOOSE = ": choose one expert with --task"
@@ -58,7 +59,7 @@ def one(name: str, console: Console) -> None:
     """Prints a method's card, its settings and what its documentation says; raises `ValueError` if there is none."""
     known = {**_adaptive(), **registry.searches(), **registry.methods()}
     if name not in known:
-        raise ValueError(f"unknown method {name!r}{registry.did_you_mean(name, known)}; `taskvec methods` lists them")
+        raise ValueError(f"unknown method {name!r}{did_you_mean(name, known)}; `taskvec methods` lists them")
     method = known[name]
     card, by_command = method.card, isinstance(method, registry.Method)
     facts = table(name, "", "")

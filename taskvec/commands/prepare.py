@@ -12,9 +12,9 @@ from taskvec.commands.job import Job, Part, Zeros, notes, written
 from taskvec.commands.request import Request
 from taskvec.io.align import align
 from taskvec.io.folders import Model, open_model
-from taskvec.io.safetensors_format import some
 from taskvec.merging import registry
 from taskvec.merging.stream_plan import plan_streamed
+from taskvec.messages import some
 from taskvec.transforms import LeafPolicy
 
 

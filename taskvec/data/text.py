@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from taskvec.data import base
-from taskvec.io.safetensors_format import listing
+from taskvec.messages import listing
 
 
 def load_tokenizer(folder: str | os.PathLike):

@@ -14,7 +14,7 @@ import numpy as np
 from taskvec import tree as trees
 from taskvec.io import prefixes
 from taskvec.io.folders import Model
-from taskvec.io.safetensors_format import some
+from taskvec.messages import some
 
 # Constants that some versions of a file hold and others do not: rotary frequencies, position numbers, causal masks.
 _BUFFER = re.compile(r"(^|\.)(inv_freq|position_ids|masked_bias|relative_position_index|num_batches_tracked)$")

@@ -11,7 +11,7 @@ import numpy as np
 
 from taskvec import tree as trees
 from taskvec._version import __version__
-from taskvec.io.safetensors_format import temporary_name, write_text
+from taskvec.io.atomic import temporary_name, write_text
 from taskvec.tree import Tree
 
 PathLike = str | os.PathLike

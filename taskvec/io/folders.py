@@ -16,8 +16,9 @@ import numpy as np
 
 from taskvec.io.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LoraReader
 from taskvec.io.safetensors import SafetensorsReader
-from taskvec.io.safetensors_format import INDEX, SINGLE, listing, some
+from taskvec.io.safetensors_format import INDEX, SINGLE
 from taskvec.io.torch_reader import is_torch, open_weights
+from taskvec.messages import listing, some
 
 # A repository, perhaps a folder or file in it, perhaps a revision.
 _HUB_ID = re.compile(r"(\w[\w.-]*(?:/\w[\w.-]*)?)((?:/\w[\w.-]*)*)(?:@([\w./-]+))?")

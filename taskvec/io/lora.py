@@ -17,7 +17,7 @@ import numpy as np
 
 from taskvec.io import prefixes
 from taskvec.io.safetensors import SafetensorsReader
-from taskvec.io.safetensors_format import some
+from taskvec.messages import some
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

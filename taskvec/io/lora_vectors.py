@@ -15,7 +15,7 @@ import numpy as np
 from taskvec import tree as trees
 from taskvec.io import names
 from taskvec.io.folders import Model, open_model
-from taskvec.io.safetensors_format import some
+from taskvec.messages import some
 from taskvec.tree import Tree
 from taskvec.vectors import LowRank
 

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from taskvec import tree as trees
-from taskvec.io.safetensors_format import some
+from taskvec.messages import some
 from taskvec.tree import Tree
 
 _AXES = {"none": None, "transpose": (1, 0), "conv": (2, 3, 1, 0)}

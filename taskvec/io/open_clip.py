@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from taskvec.io import safetensors, torch_modules
-from taskvec.io.safetensors_format import some, write_text
+from taskvec.io.atomic import write_text
+from taskvec.messages import some
 
 PathLike = str | os.PathLike
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from taskvec import tree as trees
 from taskvec.io import names, safetensors
+from taskvec.io.atomic import write_text
 from taskvec.io.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from taskvec.io.safetensors_format import write_text
 from taskvec.tree import Tree
 
 

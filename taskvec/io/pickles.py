@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from taskvec.io.safetensors_format import PathLike
+from taskvec.io.atomic import PathLike
 
 # What a damaged pickle can make the interpreter of pickles raise, our own checks included.
 DAMAGED = (pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError, AttributeError, OverflowError)

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from taskvec._version import __version__
+from taskvec.io.atomic import write_text
 from taskvec.io.folders import Model
-from taskvec.io.safetensors_format import write_text
 
 NAME = "taskvec_merge.json"
 FORMAT = 1

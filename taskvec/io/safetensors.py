@@ -14,7 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from taskvec.io.safetensors_format import DTYPES, INDEX, SINGLE, PathLike, header_and_start, read_header
+from taskvec.io.atomic import PathLike
+from taskvec.io.safetensors_format import DTYPES, INDEX, SINGLE, header_and_start, read_header
 from taskvec.io.safetensors_writer import SafetensorsWriter
 from taskvec.io.tensor_files import Place, TensorFiles, weight_files
 

@@ -13,7 +13,9 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from taskvec.io.safetensors_format import CODES, INDEX, SINGLE, PathLike, remove_stale, some, temporary_name, write_text
+from taskvec.io.atomic import PathLike, remove_stale, temporary_name, write_text
+from taskvec.io.safetensors_format import CODES, INDEX, SINGLE
+from taskvec.messages import some
 
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from taskvec.host import aligned
-from taskvec.io.safetensors_format import listing, some
+from taskvec.messages import listing, some
 
 # Entries looked at together in search of NaN and infinity: few enough that what is computed stays in the cache.
 _BLOCK = 1 << 16

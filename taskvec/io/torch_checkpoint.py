@@ -23,8 +23,9 @@ from typing import Any, BinaryIO, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from taskvec.io.atomic import PathLike
 from taskvec.io.pickles import DAMAGED, Forbidden, RestrictedUnpickler, load_numpy_pickle, natural
-from taskvec.io.safetensors_format import PathLike, some
+from taskvec.messages import some
 
 __all__ = ["Forbidden", "load_numpy_pickle", "load_state_dict"]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from taskvec.io.safetensors_format import PathLike
+from taskvec.io.atomic import PathLike
 from taskvec.io.torch_checkpoint import Odd, TorchTensor, TorchUnpickler, read
 
 # Where training scripts keep the model among other things (optimisers, numbers of steps), in the order of search.

@@ -9,8 +9,8 @@ import pathlib
 import numpy as np
 
 from taskvec.io import safetensors_format, torch_checkpoint
+from taskvec.io.atomic import PathLike
 from taskvec.io.safetensors import SafetensorsReader
-from taskvec.io.safetensors_format import PathLike
 from taskvec.io.tensor_files import Place, TensorFiles, entries, weight_files
 
 SINGLE = "pytorch_model.bin"

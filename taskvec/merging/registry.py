@@ -1,12 +1,12 @@
 """Method cards and the registry: what each published method needs, gives and takes as settings."""
 
 import dataclasses
-import difflib
 import functools
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from taskvec.messages import did_you_mean
 from taskvec.transforms import Chain, Transform, chain
 
 DATA = ("none", "unlabelled test", "unlabelled train", "few labelled")
@@ -178,9 +178,3 @@ def resolve(which: str | Method | Transform | Chain, **settings) -> Chain:
 def _frozen(value: Any) -> Any:
     """Lists as tuples, at any depth: settings come from JSON too, and must be hashable."""
     return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
-
-
-def did_you_mean(name: str, known) -> str:
-    """A hint at the closest of the known names, "" if none is close."""
-    close = difflib.get_close_matches(name, list(known), 1)
-    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from taskvec.io import torch_reader
-from taskvec.io.safetensors_format import some
+from taskvec.messages import some
 from taskvec.models.base import Array, Model
 from taskvec.tree import Tree
 

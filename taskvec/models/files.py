@@ -12,8 +12,9 @@ import numpy as np
 
 from taskvec import tree as trees
 from taskvec.io import names, safetensors, torch_checkpoint, torch_reader
-from taskvec.io.safetensors_format import listing, write_text
+from taskvec.io.atomic import write_text
 from taskvec.io.tensor_files import TensorFiles
+from taskvec.messages import listing
 from taskvec.models import bert, clip, efficientnet, gpt2, llama, t5, vit
 from taskvec.models.base import Model
 from taskvec.tree import Tree

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import yaml
 
 from taskvec.merging import mergekit
-from taskvec.recipes.parameters import Setting, did_you_mean, parse_settings
+from taskvec.messages import did_you_mean
+from taskvec.recipes.parameters import Setting, parse_settings
 
 DTYPES = ("float32", "float16", "bfloat16")
 REFUSED = {

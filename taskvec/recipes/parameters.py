@@ -1,8 +1,9 @@
 """Settings of a recipe: numbers, per-layer gradients, and rules chosen by a part of the tensor's name."""
 
-import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
+
+from taskvec.messages import did_you_mean
 
 
 class Rule(NamedTuple):
@@ -100,9 +101,3 @@ def at(knots: tuple, t: float) -> Any:
         return knots[before]
     after, share = min(before + 1, len(knots) - 1), place - before
     return (1 - share) * knots[before] + share * knots[after]
-
-
-def did_you_mean(name: Any, known: Iterable[str]) -> str:
-    """ " (did you mean ...?)", or nothing."""
-    close = difflib.get_close_matches(str(name), list(known), 1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
