@@ -1,12 +1,11 @@
 """OpenCLIP's files as models: they become Hugging Face folders in the cache, once."""
 
 import hashlib
-import os
 import pathlib
-import shutil
 
 from taskvec import host
 from taskvec.io import open_clip
+from taskvec.io.atomic import published
 from taskvec.io.progress import say
 
 SUFFIXES = (".pt", ".safetensors")
@@ -28,8 +27,6 @@ def folder(path: pathlib.Path) -> pathlib.Path:
     made = host.cache() / "converted" / f"{path.parent.name}-{path.stem}-{key}"
     if not (made / "config.json").is_file():
         say(f"converting {path}")
-        partial = made.with_name(f".{made.name}.{os.getpid()}.partial")
-        open_clip.convert(path, partial)
-        shutil.rmtree(made, ignore_errors=True)
-        partial.replace(made)
+        with published(made) as partial:
+            open_clip.convert(path, partial)
     return made

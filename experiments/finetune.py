@@ -23,7 +23,7 @@ from experiments.prepare import Base, Bench, Job
 from taskvec import host, models
 from taskvec.data import suites
 from taskvec.evaluation import scorers
-from taskvec.io.atomic import temporary_name, write_text
+from taskvec.io.atomic import published, write_text
 from taskvec.io.progress import say
 from taskvec.training.trainable import linearised
 from taskvec.tree import Tree
@@ -104,23 +104,20 @@ def _one(bench: Bench, job: Job, workdir: pathlib.Path) -> None:
         _same(folder / "expert.json", job.key)
         say(f"{folder}: finished before")
         return
-    for old in folder.parent.glob(f".{folder.name}.*.tmp"):  # of a run that was killed while it wrote
-        shutil.rmtree(old)
-    partial = temporary_name(folder)
     about = _about(bench, job)
     cached = prepare.cached(job)  # a benchmark may have trained it
-    if (cached / "config.json").is_file():
-        shutil.copytree(cached, partial)
-        params = models.load(partial, part=config.part or None)[1]
-    else:
-        made, about["seconds"] = _trained(job, place, Log(workdir / "metrics.jsonl", job.name, bench.seed))
-        experts.save(partial, base.model, made, config, base.folder, about)
-        params = made.params
-    if bench.heads is not None:
-        about["accuracy"] = {"pretrained": scores(bench, job, base.pretrained), "expert": scores(bench, job, params)}
-    write_text(partial / "expert.json", json.dumps(about, indent=1) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)  # what is there without an expert.json is not whole
-    partial.replace(folder)
+    with published(folder) as partial:
+        if (cached / "config.json").is_file():
+            shutil.copytree(cached, partial)
+            params = models.load(partial, part=config.part or None)[1]
+        else:
+            made, about["seconds"] = _trained(job, place, Log(workdir / "metrics.jsonl", job.name, bench.seed))
+            experts.save(partial, base.model, made, config, base.folder, about)
+            params = made.params
+        if bench.heads is not None:
+            found = {"pretrained": base.pretrained, "expert": params}
+            about["accuracy"] = {who: scores(bench, job, weights) for who, weights in found.items()}
+        write_text(partial / "expert.json", json.dumps(about, indent=1) + "\n")
     shutil.rmtree(place, ignore_errors=True)
     mean = {who: f"{np.mean(list(found.values())):.1%}" for who, found in about.get("accuracy", {}).items()}
     say(f"wrote {folder}" + (": test accuracy " + " -> ".join(mean.values()) if mean else ""))
@@ -200,12 +197,11 @@ def _same(file: pathlib.Path, key: str) -> None:
 def _save_heads(path: pathlib.Path, bench: Bench) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     names = {f"classes_{task.name}": np.array(task.classes) for task in bench.tasks}
-    partial = temporary_name(path).with_suffix(".npz")
-    np.savez(
-        partial, kernel=bench.heads.kernel, class_mask=bench.heads.class_mask, scale=np.float32(bench.heads.scale),
-        tasks=np.array([task.name for task in bench.tasks]), **names,
-    )  # fmt: skip
-    partial.replace(path)
+    with published(path) as partial, open(partial, "wb") as file:
+        np.savez(
+            file, kernel=bench.heads.kernel, class_mask=bench.heads.class_mask, scale=np.float32(bench.heads.scale),
+            tasks=np.array([task.name for task in bench.tasks]), **names,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

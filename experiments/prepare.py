@@ -3,7 +3,6 @@
 import functools
 import json
 import pathlib
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from taskvec.data import batches, suites, text, wheels
 from taskvec.data.base import Task
 from taskvec.evaluation.scorers import Scorer, encode
 from taskvec.io import names
+from taskvec.io.atomic import published
 from taskvec.io.folders import from_hub, open_model
 from taskvec.io.lora import ADAPTER_CONFIG
 from taskvec.io.progress import say
@@ -233,10 +233,8 @@ def obtain(bench: Bench, job: Job) -> tuple[Tree, float]:
     start = time.perf_counter()
     made = job.train()
     about = {"task": job.name, "seed": bench.seed, "seconds": round(time.perf_counter() - start, 1)}
-    partial = place.with_name(f".{place.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    experts.save(partial, base.model, made, config, base.folder, about)
-    partial.replace(place)
+    with published(place) as partial:
+        experts.save(partial, base.model, made, config, base.folder, about)
     return made.params, about["seconds"]
 
 

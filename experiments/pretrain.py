@@ -8,7 +8,6 @@ that it depends on.
 import hashlib
 import json
 import pathlib
-import shutil
 from typing import Any
 
 import jax
@@ -21,6 +20,7 @@ from taskvec.adaptive import objectives
 from taskvec.adaptive.fit import fit
 from taskvec.data import batches, suites, wheels
 from taskvec.data.base import Split
+from taskvec.io.atomic import published
 from taskvec.io.progress import bar, say
 from taskvec.models import clip
 from taskvec.training import heads
@@ -52,10 +52,8 @@ def folder(config: Any) -> pathlib.Path:
     fields = {"model_type": "clip_vision_model", "image_size": suite["image_size"], **settings["vision"]}
     model = clip.make(clip.from_json(fields))
     params = train(model, rows, classes, settings)
-    partial = place.with_name(f".{place.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    models.save(partial, model, params)
-    partial.replace(place)
+    with published(place) as partial:
+        models.save(partial, model, params)
     return place
 
 

@@ -1,8 +1,12 @@
-"""Files that are never half there: hidden names beside them, and what to do with those of killed processes."""
+"""Files and folders never half there: hidden names beside them, and what to do with those of killed processes."""
 
+import contextlib
+import glob
 import os
 import pathlib
 import re
+import shutil
+from collections.abc import Iterator
 
 PathLike = str | os.PathLike
 _PROCESS = re.compile(r"\d+(-\d+)?")
@@ -10,9 +14,26 @@ _PROCESS = re.compile(r"\d+(-\d+)?")
 
 def write_text(path: pathlib.Path, text: str) -> None:
     """Writes a text file under a temporary name and renames it, so that it is never half there."""
+    with published(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def published(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A hidden name for the file or folder that the block writes; it takes the place of `path` once that ended well.
+
+    What killed processes left of the same goes first. If the block fails, what it wrote goes too.
+    """
+    remove_stale(path.parent, glob.escape(path.name))
     temporary = temporary_name(path)
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        yield temporary
+        if temporary.is_dir() and path.is_dir():  # a folder can be renamed onto an empty one only
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    except BaseException:
+        _remove(temporary)
+        raise
 
 
 def temporary_name(path: pathlib.Path) -> pathlib.Path:
@@ -21,11 +42,15 @@ def temporary_name(path: pathlib.Path) -> pathlib.Path:
 
 
 def remove_stale(folder: pathlib.Path, pattern: str) -> None:
-    """Deletes temporary files for names that match `pattern` (as `glob` has it) that killed processes left."""
+    """Deletes what killed processes left under temporary names for files or folders that match a pattern of `glob`."""
     for temporary in folder.glob(f".{pattern}.*.tmp"):
         process = temporary.name.split(".")[-2]
         if _PROCESS.fullmatch(process) and process != this_process() and not alive(process):
-            temporary.unlink(missing_ok=True)
+            _remove(temporary)
+
+
+def _remove(path: pathlib.Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def this_process() -> str:

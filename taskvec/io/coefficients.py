@@ -11,7 +11,7 @@ import numpy as np
 
 from taskvec import tree as trees
 from taskvec._version import __version__
-from taskvec.io.atomic import temporary_name, write_text
+from taskvec.io.atomic import published, write_text
 from taskvec.tree import Tree
 
 PathLike = str | os.PathLike
@@ -132,10 +132,8 @@ def save(path: PathLike, coefficients: Coefficients) -> None:
     numbers, names = _files(path)
     numbers.parent.mkdir(parents=True, exist_ok=True)
     group_P = np.array(list(coefficients.tensors.values()), np.int32)
-    temporary = temporary_name(numbers)
-    with open(temporary, "wb") as file:
+    with published(numbers) as temporary, open(temporary, "wb") as file:
         np.savez(file, values=coefficients.values, group=group_P, table=coefficients.values[group_P])
-    os.replace(temporary, numbers)
     fields = {
         "method": coefficients.method,
         "settings": dict(coefficients.settings),

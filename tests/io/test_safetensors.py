@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from taskvec.io.atomic import published, write_text
 from taskvec.io.safetensors import SafetensorsReader, SafetensorsWriter, load, read_header, save
 
 
@@ -123,6 +124,25 @@ def test_what_killed_processes_left_goes_and_what_others_write_stays(tmp_path):
     finally:
         other.kill()
         other.wait()
+
+
+def test_a_folder_takes_its_place_whole_or_not_at_all(tmp_path):
+    place, left = tmp_path / "m[1]", tmp_path / ".m[1].999999999.tmp"
+    for folder in (place, left):
+        folder.mkdir()
+        (folder / "old").write_text("")
+    with pytest.raises(RuntimeError), published(place) as partial:
+        partial.mkdir()
+        assert not left.exists() and (place / "old").exists()
+        raise RuntimeError
+    assert [p.name for p in tmp_path.iterdir()] == ["m[1]"]
+    with published(place) as partial:
+        partial.mkdir()
+        (partial / "new").write_text("")
+    assert [p.name for p in tmp_path.rglob("*")] == ["m[1]", "new"]
+    with pytest.raises(OSError):
+        write_text(place, "a file does not replace a folder")
+    assert [p.name for p in tmp_path.rglob("*")] == ["m[1]", "new"]
 
 
 def test_writing_what_was_not_announced(tmp_path):
