@@ -175,12 +175,12 @@ def problem(bench: Bench) -> Problem:
 def one_out(whole: Problem, task: int) -> Problem:
     """The other tasks' vectors, and the head of one."""
     others = [t for t in range(whole.num_tasks) if t != task]
-    return whole._replace(tau=vectors.some(whole.tau, others), heads=heads_of(whole.heads, [task]))
+    return whole._replace(tau=vectors.take(whole.tau, others), heads=heads_of(whole.heads, [task]))
 
 
 def negation(whole: Problem, target: int, control: int) -> Problem:
     """One task's vector, and the heads of that task and of a control task."""
-    return whole._replace(tau=vectors.some(whole.tau, [target]), heads=heads_of(whole.heads, [target, control]))
+    return whole._replace(tau=vectors.take(whole.tau, [target]), heads=heads_of(whole.heads, [target, control]))
 
 
 def splits(bench: Bench, data: str) -> list[Split]:

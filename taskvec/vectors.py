@@ -117,7 +117,7 @@ def num_tasks(tau: Tree) -> int:
     return leaf.shape[_task_axis(path)]
 
 
-def some(tau: Tree, tasks: Sequence[int]) -> Tree:
+def take(tau: Tree, tasks: Sequence[int]) -> Tree:
     """The task vectors of some tasks, in that order."""
     return trees.map_with_path(lambda path, x: jnp.take(x, jnp.array(tasks), axis=_task_axis(path)), tau)
 

@@ -105,7 +105,7 @@ def supermerge(
         """Merges a group: what `learn` gave, and coefficients ``[G, T]`` of the task vectors that are under it."""
         tasks = tasks_of(node)
         if isinstance(node[0], int):
-            tau = problem.tau if tasks == everything else vectors.some(problem.tau, tasks)
+            tau = problem.tau if tasks == everything else vectors.take(problem.tau, tasks)
             below_GxTxN = np.tile(np.eye(len(everything))[:, tasks], (len(tensor_groups.names), 1, 1))
         else:
             inner = [fold(child, loop.part(f"group{i}")) for i, child in enumerate(node)]

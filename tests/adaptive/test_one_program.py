@@ -30,7 +30,7 @@ def test_tasks_in_turn_share_their_programs(name, caplog):
     compiled, held = [], []
     with jax.log_compiles(), caplog.at_level("WARNING"):
         for t in range(3):
-            others = vectors.some(whole.tau, [s for s in range(3) if s != t])
+            others = vectors.take(whole.tau, [s for s in range(3) if s != t])
             problem = whole._replace(tau=others, heads=heads_of(whole.heads, [t]))
             held += [weakref.ref(x) for x in jax.tree.leaves(others)]
             more = {"validation": rows.only([t])} if name == "atlas_few_shot" else {}
