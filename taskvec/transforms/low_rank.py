@@ -10,7 +10,7 @@ from taskvec.transforms.base import Array, Leaf, Transform, check_fraction
 from taskvec.transforms.matrices import matrix_named
 from taskvec.transforms.reduce import mean, weighted_sum
 from taskvec.transforms.singular import check_solver, top_singular
-from taskvec.transforms.stored import Dense, LowRank
+from taskvec.transforms.stored import Dense, Factored
 
 
 def cut(x_TxMxN: Array, rank: int, solver: str = "gram") -> tuple[Array, Array, Array]:
@@ -60,9 +60,9 @@ def keep_task_ranks(solver: str = "gram") -> Transform:
     check_solver(solver)
     chosen = matrix_named("")
 
-    def apply(x: Array, leaf: Leaf, stats: tuple) -> LowRank | Dense:
+    def apply(x: Array, leaf: Leaf, stats: tuple) -> Factored | Dense:
         rank = min(x.shape[1:]) // len(x) if leaf.satisfies(chosen) else 0
-        return LowRank(*cut(x, rank, solver)) if rank else Dense(x)
+        return Factored(*cut(x, rank, solver)) if rank else Dense(x)
 
     return Transform("keep_task_ranks", apply, predicates=(chosen,), by_rows=False)
 
@@ -81,11 +81,11 @@ def keep_shared_and_ranks(density: float, scale: float, solver: str = "gram") ->
 def _keep_shared_and_ranks(density: float, solver: str) -> Transform:
     chosen = matrix_named("")
 
-    def apply(x: Array, leaf: Leaf, stats: tuple) -> LowRank | Dense:
+    def apply(x: Array, leaf: Leaf, stats: tuple) -> Factored | Dense:
         shared = stats[0] * weighted_sum([1.0] * len(x), x)
         if not leaf.satisfies(chosen):
             return Dense(x - shared, shared)
-        return LowRank(*cut(x - shared, fraction_of_rank(density, x.shape[1:]), solver), shared)
+        return Factored(*cut(x - shared, fraction_of_rank(density, x.shape[1:]), solver), shared)
 
     return Transform("keep_shared_and_ranks", apply, predicates=(chosen,), by_rows=False, constants=(1.0,))
 
@@ -118,12 +118,12 @@ def keep_by_rules(ranks: Rules, bands: Bands = (), group: int = 128, solver: str
 def _keep_by_rules(ranks: Rules, bands: Bands, group: int, solver: str) -> Transform:
     predicates = tuple(matrix_named(pattern) for pattern, _ in ranks)
 
-    def apply(x: Array, leaf: Leaf, stats: tuple) -> "LowRank | Dense | Quantised":
+    def apply(x: Array, leaf: Leaf, stats: tuple) -> "Factored | Dense | Quantised":
         rank = next((rank for p, (_, rank) in zip(predicates, ranks, strict=True) if leaf.satisfies(p)), None)
         if rank is None:
             return Dense(x)
         factors = cut(x, min(rank, *x.shape[1:]), solver)
-        return Quantised.make(*factors, bands, group) if bands and rank else LowRank(*factors)
+        return Quantised.make(*factors, bands, group) if bands and rank else Factored(*factors)
 
     return Transform("keep_by_rules", apply, predicates=predicates, by_rows=False)
 

@@ -57,7 +57,7 @@ class Masked(NamedTuple):
         return 8 * self.merged.nbytes + self.merged.size * self.mask.shape[-2]
 
 
-class LowRank(NamedTuple):
+class Factored(NamedTuple):
     """A low-rank vector for each task, ``shared + u_t diag(s_t) vt_t``.
 
     Attributes:

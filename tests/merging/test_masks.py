@@ -13,7 +13,7 @@ from taskvec.analysis import storage
 from taskvec.analysis.masks import mask_statistics
 from taskvec.analysis.storage import Sizes
 from taskvec.merging import Method
-from taskvec.transforms.stored import LowRank
+from taskvec.transforms.stored import Factored
 from tests.merging import battery
 from tests.models_for_tests import LAYERS, random_models
 
@@ -75,7 +75,7 @@ def test_bf16_models_take_half():
 
 def test_low_rank_storage():
     m, n, k, tasks = 12, 20, 3, 4
-    stored = LowRank(*(jnp.zeros(s) for s in ((tasks, m, k), (tasks, k), (tasks, k, n))))
+    stored = Factored(*(jnp.zeros(s) for s in ((tasks, m, k), (tasks, k), (tasks, k, n))))
     sizes = Sizes(m * n + 5, 7)
     assert storage.low_rank(tasks, sizes, [(m, n, k)]) - storage.single(sizes) == stored.bits() + 32 * tasks * 5
 
