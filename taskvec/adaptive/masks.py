@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from taskvec import tree as trees
 from taskvec.adaptive.parametrisation import LowRank, Parametrisation, tensor_numbers
+from taskvec.transforms.base import mixed
 from taskvec.tree import Tree
 
 Array = jax.Array
@@ -83,7 +84,7 @@ def _draws(mask: str, temperature: float) -> Callable[[Tree], Array]:
 def tensor_seeds(theta0: Tree, key: Array) -> Tree:
     """Two words for every per-layer tensor, from its path and the key: uint32 ``[2]``, ``[L, 2]`` of stacked leaves."""
     one, two = jax.random.bits(key, (2,), jnp.uint32)
-    words = lambda n: jnp.stack([_mixed(one ^ _mixed(n)), _mixed(two + n)], axis=-1)
+    words = lambda n: jnp.stack([mixed(one ^ mixed(n)), mixed(two + n)], axis=-1)
     return jax.tree.map(words, tensor_numbers(theta0))
 
 
@@ -93,15 +94,8 @@ def uniform(seeds: Array, shape: tuple[int, ...]) -> Array:
     jax's generator takes seven times as long on a CPU, and long to compile for every shape.
     """
     x = jax.lax.iota(jnp.uint32, math.prod(shape)) * jnp.uint32(0x9E3779B1) + seeds[0]
-    x = _mixed(_mixed(x) ^ seeds[1])
+    x = mixed(mixed(x) ^ seeds[1])
     return (((x >> 9).astype(jnp.float32) + 0.5) * jnp.float32(2.0**-23)).reshape(shape)
-
-
-def _mixed(x: Array) -> Array:
-    """Murmur3's finaliser, a permutation of uint32."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)
 
 
 def _of_base(base: Parametrisation) -> tuple[Callable, Callable | None]:

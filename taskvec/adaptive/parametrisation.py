@@ -5,7 +5,6 @@ stacked leaf); then every tensor is merged on its own. That is what lets `merged
 inside a model's scan.
 """
 
-import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,12 +13,12 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from taskvec import tree as trees
+from taskvec.transforms.plan import path_hash
+from taskvec.transforms.reduce import UNROLL
 from taskvec.tree import Tree
 from taskvec.vectors import LowRank
 
 Array = jax.Array
-
-UNROLL = 32  # most tasks summed by an unrolled loop; beyond, program size outweighs what the fusion saves
 
 
 class Parametrisation(NamedTuple):
@@ -161,7 +160,7 @@ def tensor_numbers(theta0: Tree) -> Tree:
 
     def leaf(path, x):
         if not trees.is_stacked(path):
-            return jnp.uint32(zlib.crc32(path.encode()))
-        return jnp.array([zlib.crc32(trees.layer_path(path, i).encode()) for i in range(x.shape[0])], jnp.uint32)
+            return jnp.uint32(path_hash(path))
+        return jnp.array([path_hash(trees.layer_path(path, i)) for i in range(x.shape[0])], jnp.uint32)
 
     return trees.map_with_path(leaf, theta0)
