@@ -10,6 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from taskvec.transforms.base import ModelInfo
+from taskvec.transforms.order import Difference, kth_magnitude_of
+
 ENTRIES = 1 << 18  # of each model, read at once
 CACHED = 1 << 13  # of them, compared at once: few enough to stay in the cache
 
@@ -134,26 +137,18 @@ def stream(
 def trim_thresholds(pretrained: Any, finetuned: Sequence[Any], names: Sequence[str], density: float) -> list[float]:
     """For each task the magnitude that its largest ``int(n density)`` entries, of all n, reach: what TIES keeps.
 
-    Found in two passes by histograms of the magnitudes' bit patterns, exact for float32 differences.
+    Read twice, see `taskvec.transforms.order`; exact for float32 differences.
     """
-    count = sum(int(np.prod(pretrained.specs[name].shape)) for name in names)
-    above = np.full(len(finetuned), max(1, int(count * density)))  # still to be found, from the largest down
-    prefix = np.zeros(len(finetuned), np.int64)
-    for low in (False, True):
-        histograms = np.zeros((len(finetuned), 1 << 16), np.int64)
+    info = ModelInfo(len(finetuned), sum(int(np.prod(pretrained.specs[name].shape)) for name in names), 0, 0)
+    stats: tuple = ()
+    for measure in kth_magnitude_of(lambda n: n + 1 - max(1, int(n * density)), "model"):
+        total = 0
         for name in names:
             for rows in blocks(pretrained.specs[name].shape):
-                base = np.ravel(pretrained.read(name, rows)).astype(np.float32)
-                for t, reader in enumerate(finetuned):
-                    bits = np.abs(np.ravel(reader.read(name, rows)).astype(np.float32) - base).view(np.uint32)
-                    digit = bits[bits >> 16 == prefix[t]] & 0xFFFF if low else bits >> 16
-                    histograms[t] += np.bincount(digit, minlength=1 << 16)
-        for t, histogram in enumerate(histograms):
-            from_top = np.cumsum(histogram[::-1])
-            place = int(np.searchsorted(from_top, above[t]))
-            above[t] -= from_top[place] - histogram[::-1][place]
-            prefix[t] = prefix[t] << 16 | (1 << 16) - 1 - place
-    return [float(np.uint32(bits).view(np.float32)) for bits in prefix]
+                base = pretrained.read(name, rows)
+                total += measure.host([Difference(reader.read(name, rows), base) for reader in finetuned], stats)
+        stats = (*stats, measure.finish(total, info, stats))
+    return [float(magnitude) for magnitude in stats[-1]]
 
 
 def blocks(shape: tuple[int, ...]) -> list[slice | None]:
