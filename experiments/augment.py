@@ -15,8 +15,6 @@ from taskvec.data import batches, lazy, preprocessing
 from taskvec.data.base import Split
 from taskvec.data.lazy import Images, Transform
 
-METHODS = ("atlas", "atlas_few_shot", "atlas_ufm")
-
 
 def crop_and_flip(size: int) -> Transform:
     """A random part of at least half the area, bicubic to ``[size, size, 3]``, mirrored in half of the cases."""

@@ -87,14 +87,15 @@ def arranged(name: str, case: str) -> list[tuple[Problem, rows_lib.Rows]]:
     """The problem and the rows that a method takes; of two tasks where it runs for one after the other."""
     args = argparse.Namespace(case=case, tasks=8, per_task=1, tau="float32", compute="float32")
     problem, rows = bench_adaptive.made(args)
-    if registry.get(name).card.data == "few labelled" or name in learning.PAIRED:
+    card = registry.get(name).card
+    if card.data == "few labelled" or "pairs" in card.sees:
         rows = rows._replace(labels=[np.arange(count) % 2 for count in rows.counts])
-    if name in learning.ONE_OUT:
+    if card.learns == "one target":
         own, second = learning.one_out(problem, 0), heads_of(problem.heads, [1])
         return [(own, rows.only([0])), (own._replace(heads=second), rows.only([1]))]  # one pool, for memory's sake
-    if name == "atlas_negation":
+    if card.learns == "target and control":
         return [(learning.negation(problem, 0, 1), rows.only([0, 1]))]
-    return [(problem, learning.pairs(rows, 0) if name in learning.PAIRED else rows)]
+    return [(problem, learning.pairs(rows, 0) if "pairs" in card.sees else rows)]
 
 
 if __name__ == "__main__":

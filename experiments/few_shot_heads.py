@@ -12,12 +12,10 @@ import numpy as np
 
 from experiments import learning
 from experiments.prepare import Bench
-from taskvec.adaptive import atlas_heads
+from taskvec.adaptive import atlas_heads, registry
 from taskvec.adaptive.atlas_few_shot import few_shots
 from taskvec.adaptive.learn import Problem, heads_of
 from taskvec.modular.results import Merged
-
-ALLOWED = ("pretrained", *learning.ONE_OUT)  # what such a head may stand on
 
 
 def _defaults(train: Callable) -> dict[str, Any]:
@@ -30,6 +28,11 @@ SETTINGS = {
     "tip_adapter": _defaults(atlas_heads.tip_adapter),
     "lp_plus_plus": _defaults(atlas_heads.lp_plus_plus),
 }
+
+
+def stands_on(name: str) -> bool:
+    """Whether such a head may stand on the features of this method."""
+    return name == "pretrained" or (name in registry.methods() and registry.get(name).card.learns == "one target")
 
 
 def train(bench: Bench, name: str, merged: Merged, settings: Mapping[str, Any]) -> list[Callable]:

@@ -1,8 +1,8 @@
 """Adaptive methods on a benchmark: which problem, rows and pairs each of them gets.
 
-Most learn one model for all tasks. Others are about one task: a pool of the other tasks' vectors learns it
-(`ONE_OUT`; run for every task in turn), or it is forgotten (``atlas_negation``, with settings ``target`` and
-``control_task``). Those of `augment.METHODS` take images at random crops with the setting ``augment``.
+Their cards say what they learn and see. Most learn one model for all tasks. Others are about one task: a pool of the
+other tasks' vectors learns it (run for every task in turn), or it is forgotten, with settings ``target`` and
+``control_task``. Those that see crops take images so with the setting ``augment``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,13 +28,8 @@ from taskvec.modular import results
 from taskvec.modular.results import Merged
 from taskvec.training.heads import Heads
 
-TAUGHT = ("divmerge", "samerging", "symerge")  # by the experts' features
-TOKENWISE = ("prodistill", "surgery_v2")  # look at the tokens of every row: texts stand alone
-ONE_OUT = ("atlas_few_shot", "atlas_ufm", "lorahub")
-PAIRED = ("self_positioning",)
 NEGATION = ("target", "control_task")
 NOT_SETTINGS = ("validation", "pool")  # rows and features that the benchmark gives
-NO_STEPS = ("sens_merging",)  # nothing of them is kept
 ADAPT = ("unlabelled test", "unlabelled train")  # rows beside the labelled ones, as published and inductive
 
 
@@ -62,11 +57,12 @@ class Found(NamedTuple):
 
 def settings_of(name: str) -> dict[str, Any]:
     """The settings that a config may give a method, with their defaults; `ADAPT` for rows that are a setting."""
-    more = dict.fromkeys(NEGATION, "") if name == "atlas_negation" else {}
+    card = registry.get(name).card
+    more = dict.fromkeys(NEGATION, "") if card.learns == "target and control" else {}
     given = {key: value for key, value in registry.get(name).defaults.items() if key not in NOT_SETTINGS}
     if "adapt" in given:
         more["adapt"] = ADAPT[0]
-    if name in augment.METHODS:
+    if "crops" in card.sees:
         more["augment"] = False
     return {**given, **more}
 
@@ -87,29 +83,29 @@ def learn(
       data: which rows it may look at.
       settings: of the method, and those of `settings_of`.
       checkpoint: where it goes on.
-      teacher: features of every task's rows by its expert, where they are known; for `TAUGHT`.
+      teacher: features of every task's rows by its expert, where they are known.
     """
-    names = [task.name for task in bench.tasks]
-    if name in ONE_OUT:
+    names, card = [task.name for task in bench.tasks], registry.get(name).card
+    if card.learns == "one target":
         each = _one_by_one(bench, name, data, dict(settings), checkpoint)
         tables = {}
         for task, found in zip(names, each, strict=True):
             tables |= _tables(found, [other for other in names if other != task], task)
         return Found(results.per_task([found.params for found in each]), tables)
-    given = rows(bench, data, packed=name not in TOKENWISE)
+    given = rows(bench, data, packed="tokens" not in card.sees)
     if teacher is not None:
         given = given._replace(targets=[{"features": features_Nxd} for features_Nxd in teacher])
     if name == "atlas" and settings.get("augment"):
         settings = {**settings, "validation": given}
         given = cropped(bench, name, given, splits(bench, data))
     settings = {key: value for key, value in settings.items() if key != "augment"}
-    if name == "atlas_negation":
+    if card.learns == "target and control":
         target, control = (names.index(settings[key]) for key in NEGATION)
         rest = {key: value for key, value in settings.items() if key not in NEGATION}
         pair = negation(problem(bench), target, control), given.only([target, control])
         found = _run(bench, name, *pair, rest, checkpoint)
         return Found(results.static(found.params), _tables(found, [names[target]]))
-    if name in PAIRED:
+    if "pairs" in card.sees:
         given = pairs(given, bench.seed)
     if "adapt" in (known := settings_of(name)):
         settings = {**settings, "adapt": rows(bench, settings.get("adapt", known["adapt"]))}
@@ -127,7 +123,7 @@ def _tables(found: Learned, tasks: Sequence[str], name: str = "") -> dict[str, C
 def _one_by_one(
     bench: Bench, name: str, data: str, settings: dict[str, Any], checkpoint: Checkpoint | None
 ) -> list[Learned]:
-    """Each task's own result, learned by a method of `ONE_OUT` from the other tasks' vectors.
+    """Each task's own result, learned from the other tasks' vectors.
 
     Where the best epoch is kept, rows are drawn from the training rows and the epoch is chosen on the held-out ones.
     """
@@ -157,7 +153,7 @@ def _run(
     with bar(f"{name}, seed {bench.seed}") as update:
         begin = lambda steps: update(0, total=steps)
         show = lambda step, metrics: update(step, f"objective {metrics['loss'][-1]:.3f}")
-        kept = None if name in NO_STEPS else checkpoint
+        kept = checkpoint if registry.get(name).card.steps else None
         phase = lambda what, done, of: update(None, f"{what}: {done} of {of}")
         loop = Loop(checkpoint=kept, on_start=begin, on_chunk=show, on_phase=phase)
         found = registry.get(name)(problem, given, seed=bench.seed, loop=loop, **settings)
@@ -204,7 +200,7 @@ def rows(bench: Bench, data: str, packed: bool = True, taken: Sequence[Split] | 
 
 
 def cropped(bench: Bench, name: str, given: Rows, taken: Sequence[Split]) -> Rows:
-    """The rows as a method of `augment.METHODS` is published to see them."""
+    """The rows as a method with random crops is published to see them."""
     return given._replace(take=augment.take(name, taken, bench.config.suite.image_size, bench.seed))
 
 
@@ -237,19 +233,17 @@ def _partners(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def check(name: str, settings: dict[str, Any], suite: Any) -> None:
-    """Raises `ValueError` for what cannot run on a benchmark of this suite."""
-    tasks = suite.tasks
+    """Raises `ValueError` for what an adaptive method cannot do on a benchmark of this suite."""
+    tasks, card = suite.tasks, registry.get(name).card
     if settings.get("augment") and suite.kind != "image":
         raise ValueError(f"{name}: augment is for images; texts have no crops, leave it False (one view of every row)")
     if name == "atlas_few_shot" and settings.get("budget") is not None and settings["budget"] >= len(tasks):
         raise ValueError(f"{name}: budget={settings['budget']}, but the other tasks are {len(tasks) - 1}")
-    if name in ONE_OUT and len(tasks) < 2:
+    if card.learns == "one target" and len(tasks) < 2:
         raise ValueError(f"{name} learns a task from the others' vectors: it needs two tasks or more, got {tasks}")
     if settings.get("adapt", ADAPT[0]) not in ADAPT:
         raise ValueError(f"adapt is {settings['adapt']!r}; allowed: {', '.join(ADAPT)}")
-    if name == "atlas_negation":
+    if card.learns == "target and control":
         chosen = [settings.get(key) for key in NEGATION]
         if not set(chosen) <= set(tasks) or chosen[0] == chosen[1]:
-            raise ValueError(
-                f"atlas_negation takes two tasks, target and control_task, of {', '.join(tasks)}: {chosen}"
-            )
+            raise ValueError(f"{name} takes two tasks, target and control_task, of {', '.join(tasks)}: {chosen}")

@@ -19,7 +19,6 @@ from taskvec.io.atomic import write_text
 from taskvec.merging import registry
 
 BEST_STATIC = "best static"
-_HEADED = ("symerge", *few_shot_heads.SETTINGS)  # methods that train heads
 
 
 def in_order(config: Any) -> list[str]:
@@ -46,14 +45,17 @@ def check(config: Any, workdir: pathlib.Path) -> None:
         if name in (*KINDS, *STANDING) or name in adaptive_registry.methods():
             scoring.check(config, name)
             _check_kind(label, name, settings)
-            learning.check(name, settings, config.suite)
+            if name in adaptive_registry.methods():
+                learning.check(name, settings, config.suite)
             below = {settings["on"]} if name in STANDING else set()
             missing = (below | {"individual"} if name == "surgery" else below) - set(config.methods)
             if missing:
                 raise ValueError(f"{label} builds on {', '.join(map(repr, missing))}, which is not in config.methods")
-            if name in few_shot_heads.SETTINGS and method_of(config, settings["on"]) not in few_shot_heads.ALLOWED:
-                raise ValueError(f"{label} stands on {settings['on']!r}; allowed: {', '.join(few_shot_heads.ALLOWED)}")
-            if name == "surgery" and method_of(config, settings["on"]) in _HEADED:
+            if name in few_shot_heads.SETTINGS and not few_shot_heads.stands_on(method_of(config, settings["on"])):
+                raise ValueError(
+                    f"{label} stands on {settings['on']!r}; allowed: pretrained, and methods that learn one target"
+                )
+            if name == "surgery" and _trains_heads(method_of(config, settings["on"])):
                 raise ValueError(f"{label} stands on {settings['on']!r}, whose heads are no more those of the experts")
             _check_access(config, label)
             if "on" in settings and name not in STANDING:
@@ -73,6 +75,11 @@ def check(config: Any, workdir: pathlib.Path) -> None:
             )
     suites.parse(config.suite)
     workdir.mkdir(parents=True, exist_ok=True)
+
+
+def _trains_heads(name: str) -> bool:
+    found = adaptive_registry.methods().get(name)
+    return name in few_shot_heads.SETTINGS or (found is not None and found.card.heads_trained)
 
 
 def _access(config: Any, label: str) -> str | None:
@@ -121,7 +128,8 @@ def _check_kind(label: str, name: str, settings: dict) -> None:
         )
     labelled = name in adaptive_registry.methods() and adaptive_registry.get(name).card.data == "few labelled"
     labelled = labelled or name in few_shot_heads.SETTINGS
-    access = rows_lib.DATA_ACCESS[3:4] if labelled or name in learning.PAIRED else rows_lib.DATA_ACCESS[1:3]
+    paired = name in adaptive_registry.methods() and "pairs" in adaptive_registry.get(name).card.sees
+    access = rows_lib.DATA_ACCESS[3:4] if labelled or paired else rows_lib.DATA_ACCESS[1:3]
     default = adaptive_registry.get(name).card.data if name in adaptive_registry.methods() else access[0]
     if settings.get("data", default) not in access:
         raise ValueError(f"{label}: data is {settings.get('data', default)!r}; allowed: {', '.join(access)}")

@@ -167,7 +167,7 @@ def adaptive(bench: Bench, name: str, settings: dict, done: Mapping, folder: pat
     data, on = settings.pop("data", adaptive_registry.get(name).card.data), settings.get("on")
     given = {**settings, "on": done[on].merged.params_for(0)} if on in done else settings
     teacher = None
-    if name in learning.TAUGHT and "individual" in done:
+    if "teacher" in adaptive_registry.get(name).card.sees and "individual" in done:
         teacher = done["individual"].test if data == "unlabelled test" else done["individual"].held_out()
     with resume.row(folder) as row:
         found = learning.learn(bench, name, data, given, row.checkpoint, teacher)

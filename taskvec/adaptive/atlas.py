@@ -50,6 +50,7 @@ def negated(outputs: Outputs) -> jax.Array:
         arxiv="2407.02880",
         year=2024,
         summary="free coefficients by task and tensor from the cross-entropy of labelled rows",
+        sees=("crops",),
         data="few labelled",
         released_code=(
             "keeps the epoch of the best mean normalised accuracy on the rows it trains on, from zero-shot on "
@@ -133,6 +134,7 @@ def atlas(
         arxiv="2407.02880",
         year=2024,
         summary="forgets a task by coefficients on its vector, while a control task keeps 95 % of its accuracy",
+        learns="target and control",
         data="few labelled",
         tasks=(1, 1),
         released_code="clips scaled gradients (gradient_norm=2**-16); crashes where no epoch may be kept",

@@ -98,6 +98,8 @@ def certain_on_strong(threshold: float) -> Callable[[Outputs], jax.Array]:
         arxiv="2407.02880",
         year=2024,
         summary="a new task from unlabelled rows and the task vectors of other tasks, by self-training on certain rows",
+        learns="one target",
+        sees=("crops",),
         data="unlabelled test",
         released_code=(
             "marks every row as trusted, so that it trains on zero-shot labels alone (all_trusted=True); its "

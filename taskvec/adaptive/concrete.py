@@ -44,6 +44,7 @@ def _entropy(eps: float, outputs: Outputs) -> jax.Array:
     Card(
         **_CARD,
         summary="task arithmetic under one learned mask of entries, shared by all tasks",
+        beside="a mask of entries",
         released_code=(
             "masks leftovers of the text tower as well; FusionBench: trainable parameters only, no clamp, "
             "entropy_eps=1e-8"
@@ -100,6 +101,7 @@ def concrete_task_arithmetic(
     Card(
         **_CARD,
         summary="AdaMerging under a mask of entries that is learned so that coefficients adapt well to it",
+        beside="a mask of entries",
         released_code=(
             "the first move of the coefficients is by the gradient at the model of the step before (they are reset, "
             "the merged weights are not: stale_gradient=True); rows come in one fixed order. FusionBench: so as well "

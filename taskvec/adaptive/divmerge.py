@@ -28,6 +28,7 @@ DIVERGENCES = {"js": objectives.jensen_shannon, "kl": objectives.kl}
         arxiv="2509.02108",
         year=2025,
         summary="coefficients that minimise the Jensen-Shannon divergence from each expert's predictions",
+        sees=("teacher",),
         data="unlabelled train",
         released_code="none known; start, optimiser and steps are those of AdaMerging",
     ),

@@ -104,6 +104,8 @@ def side_by_side(theta0: Tree) -> int:
         arxiv="2307.13269",
         year=2023,
         summary="one weight a LoRA module from a few examples of a new task, by an evolution strategy",
+        learns="one target",
+        beside="factors are summed, not their products",
         data="few labelled",
         released_code=(
             "optimises with NGOpt of nevergrad where the paper names Shiwa; divides the mean loss once more by the "

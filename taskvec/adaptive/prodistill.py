@@ -136,6 +136,7 @@ def epochs_of(num_rows: int, batch_size: int, seed: int, block: int) -> Callable
         arxiv="2502.12706",
         year=2025,
         summary="coefficients an entry, learned block by block so that the merged block imitates every expert's",
+        sees=("tokens",),
         data="unlabelled train",
         released_code=(
             "every expert's block runs on all rows and what is not its own is masked out; an epoch ends with a "

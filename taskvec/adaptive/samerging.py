@@ -43,6 +43,7 @@ def objective_of(name: str, temperature: float) -> Callable[[Outputs], jax.Array
         arxiv="2512.21288",
         year=2025,
         summary="coefficients that distil all experts by KL, with sharpness-aware steps",
+        sees=("teacher",),
         data="unlabelled test",
         released_code=(
             "does not merge at the perturbed coefficients, so that SAM has no effect (rho=0 reproduces it), and asks "

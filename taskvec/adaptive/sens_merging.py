@@ -83,6 +83,7 @@ def distances(problem: Problem, rows: Rows, loop: Loop = Loop()) -> np.ndarray:
         arxiv="2502.12420",
         year=2025,
         summary="coefficients by task and layer from gradient times parameter and the experts' logits; second-hand",
+        steps=False,
         data="few labelled",
         released_code="none; norms and temperature are those of a third party's program",
     ),

@@ -40,6 +40,7 @@ OBJECTIVES = {
         arxiv="2412.19098",
         year=2026,
         summary="coefficients and each task's head, trained together on the labels that the experts give",
+        sees=("teacher",),
         data="unlabelled test",
         result="task-conditioned",
         heads_trained=True,

@@ -12,13 +12,6 @@ from taskvec.io.folders import Model
 from taskvec.messages import some
 
 METHOD = "coefficients"
-# Methods whose coefficients do not make their result without more, and what else does.
-NOT_ALONE = {
-    "adarank": "masks of ranks",
-    "concrete_task_arithmetic": "a mask of entries",
-    "concrete_adamerging": "a mask of entries",
-    "lorahub": "factors are summed, not their products",
-}
 # Of a model's folder: whole, or the part that was merged; see `taskvec.models.load`.
 _PARTS = (None, "vision_projected", "vision", "text", "body")
 
@@ -37,10 +30,10 @@ def read(request: Request) -> Request:
     if not settings.get("file"):
         raise ValueError("--method coefficients needs --set file=PATH, as taskvec.io.coefficients.save writes it")
     found = coefficients.load(settings["file"])
-    if found.method in NOT_ALONE:
+    if beside := _beside(found.method):
         raise ValueError(
             f"the coefficients are of {found.method}, whose result is not theta0 + sum of coefficient x task vector "
-            f"({NOT_ALONE[found.method]}): save the merged model itself"
+            f"({beside}): save the merged model itself"
         )
     if found.method == "adamerging" and "plus_plus" not in {**found.settings, **settings}:
         raise ValueError(
@@ -55,6 +48,15 @@ def read(request: Request) -> Request:
         settings["parts"] = found.drawn
     settings.setdefault("plus_plus", found.settings.get("plus_plus", False))
     return dataclasses.replace(request, settings=settings)
+
+
+def _beside(method: str) -> str:
+    """What a method learns beside its coefficients."""
+    # Imported late: few merges are by a file.
+    import taskvec.modular  # noqa: F401
+    from taskvec.adaptive import registry
+
+    return registry.get(method).card.beside if method in registry.methods() else ""
 
 
 def _order(tasks: tuple[str, ...], labels: list[str]) -> list[int]:

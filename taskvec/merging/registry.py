@@ -12,6 +12,8 @@ from taskvec.transforms import Chain, Transform, chain
 DATA = ("none", "unlabelled test", "unlabelled train", "few labelled")
 RESULTS = ("static", "task-conditioned", "input-conditioned")
 BASES = ("required", "optional")
+LEARNS = ("all tasks", "one target", "target and control")
+SEES = ("pairs", "tokens", "teacher", "crops")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +31,13 @@ class Card:
       collect: the function of `merging.collect` that makes them from data; "" if none does.
       result: one of `RESULTS`.
       heads_trained: whether classification heads are trained.
+      learns: of adaptive methods: one model for all tasks; one for a target, from other tasks' vectors; or one that
+        forgets a target and keeps a control task.
+      sees: of adaptive methods, what rows have besides their inputs: ``pairs`` of one class, every single one of their
+        ``tokens`` (so that texts are not packed), features by a ``teacher``, the task's expert, which are computed if
+        they are not given, or random ``crops``.
+      steps: of adaptive methods: whether there are any, which a checkpoint can keep.
+      beside: what is learned beside coefficients, without which these do not make the result; "" if nothing is.
       released_code: how the authors' released code differs, and which setting reproduces it; "" if it does not.
     """
 
@@ -41,6 +50,10 @@ class Card:
     collect: str = ""
     result: str = "static"
     heads_trained: bool = False
+    learns: str = "all tasks"
+    sees: tuple[str, ...] = ()
+    steps: bool = True
+    beside: str = ""
     released_code: str = ""
     base: str = "required"
     tasks: tuple[int, int | None] = (1, None)
@@ -62,7 +75,8 @@ class Card:
             raise ValueError(f"{name} has no use for extras {surplus}; it takes {list(self.extras) or 'none'}")
 
     def __post_init__(self):
-        for value, allowed in ((self.data, DATA), (self.result, RESULTS), (self.base, BASES)):
+        known = ((self.data, DATA), (self.result, RESULTS), (self.base, BASES), (self.learns, LEARNS))
+        for value, allowed in (*known, *((seen, SEES) for seen in self.sees)):
             if value not in allowed:
                 raise ValueError(f"card of {self.title!r}: {value!r} is none of {', '.join(allowed)}")
 

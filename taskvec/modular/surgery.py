@@ -209,6 +209,7 @@ def merged_model(problem: Problem, on: str | Tree) -> Tree:
         year=2024,
         summary="a low-rank correction of the merged features, one a task, trained to the experts' features",
         data="unlabelled test",
+        sees=("teacher",),
         result="task-conditioned",
         released_code=(
             "as here with torch 2; with older torch, steps for one task also move the others by their moments. Its "

@@ -96,6 +96,7 @@ def task_losses(student: Mapping[str, Array], batch: Mapping[str, Array], num_ta
         arxiv="2410.14389",
         year=2024,
         summary="a low-rank correction of all tokens after every block, one a task, trained to the experts'",
+        sees=("tokens",),
         data="unlabelled test",
         result="task-conditioned",
         released_code=(

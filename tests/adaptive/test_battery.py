@@ -24,7 +24,8 @@ SHORT = {
     "steps": 2, "coefficient_steps": 1, "rounds": 1, "epochs": 1, "per_task": 4, "per_set": 4, "batch_size": 4,
     "shots": 2, "least_batches": 1, "budget": None, "per_class": 1, "matrices": "mlp/",
 }  # fmt: skip
-NEEDS_BLOCKS = ("prodistill", "surgery_v2")  # and hooks: tested on models of the library, test_prodistill.py and others
+# Those that need blocks and hooks are tested on models of the library, in test_prodistill.py and others.
+NEEDS_BLOCKS = tuple(name for name, method in registry.methods().items() if "tokens" in method.card.sees)
 MESHED = ("adamerging", "fw_hard", "surgery", "symerge")  # on every run of the tests; some five seconds each
 LONG_PHASES = ("adarank", "divmerge", "fw_hard", "fw_soft", "samerging", "sens_merging", "symerge")
 UNPLACED = ("fw_hard", "sens_merging")  # weights on a mesh, but no batches
@@ -36,14 +37,14 @@ def problem_and_rows(name: str) -> tuple[Problem, rows_lib.Rows]:
         return problem, rows
     problem, card = test_learn.problem(), registry.get(name).card
     rows = test_learn.rows(labelled=card.data == "few labelled")
-    if name == "self_positioning":
+    if "pairs" in card.sees:
         take = rows.take
         rows = rows._replace(take=lambda t, n: {**take(t, n), "second_ids": take(t, n[::-1])["ids"]})
     some = lambda tasks: jax.tree.map(lambda x: x[np.array(tasks)], problem.heads._replace(scale=np.zeros(3)))
     heads = lambda tasks: Heads(some(tasks).kernel, some(tasks).class_mask, problem.heads.scale)
-    if name in ("atlas_few_shot", "atlas_ufm", "lorahub"):
+    if card.learns == "one target":
         return problem._replace(heads=heads([0])), rows.only([0])
-    if name == "atlas_negation":
+    if card.learns == "target and control":
         one = trees.map_with_path(lambda path, x: x[:, :1] if trees.is_stacked(path) else x[:1], problem.tau)
         return problem._replace(tau=one, heads=heads([0, 2])), rows.only([0, 2])
     return problem, rows
