@@ -17,7 +17,7 @@ import optax
 
 from taskvec import models, tree as trees
 from taskvec.adaptive import objectives
-from taskvec.adaptive.fit import fit
+from taskvec.adaptive.fit import Loop, fit
 from taskvec.data import batches, suites, wheels
 from taskvec.data.base import Split
 from taskvec.io.atomic import published
@@ -80,7 +80,7 @@ def train(model: models.Model, rows: Split, classes: int, settings: dict[str, An
         report = lambda step, metrics: update(
             step, f"loss {metrics['loss'][-1]:.2f}, accuracy {metrics['accuracy'].mean():.0%}"
         )
-        found = fit(loss_fn, learnables, optimiser, make, steps, seed=settings["seed"], on_chunk=report)
+        found = fit(loss_fn, learnables, optimiser, make, steps, seed=settings["seed"], loop=Loop(on_chunk=report))
     return found.learnables["model"]
 
 

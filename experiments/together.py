@@ -20,6 +20,7 @@ import optax
 from experiments import experts, keys, prepare
 from experiments.prepare import Bench, Job
 from taskvec import host
+from taskvec.adaptive.fit import Loop
 from taskvec.data import batches, suites
 from taskvec.io.checkpoints import Checkpoint
 from taskvec.io.progress import bar
@@ -175,8 +176,8 @@ def _joint(bench: Bench, settings: Mapping[str, Any], recipe: Recipe, place: Any
     )  # fmt: skip
     with _opened(place, "joint", bench.config.checkpoint_every) as checkpoint:
         done = joint(
-            pretrained, bench.heads, batches.prefetched(batch, steps), steps, seed=bench.seed, checkpoint=checkpoint,
-            on_chunk=show,
+            pretrained, bench.heads, batches.prefetched(batch, steps), steps, seed=bench.seed,
+            loop=Loop(checkpoint=checkpoint, on_chunk=show),
         )  # fmt: skip
     return experts.finished(tuner, pretrained, done.learnables)
 

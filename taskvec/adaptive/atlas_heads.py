@@ -114,8 +114,7 @@ def tip_adapter(
     adamw = optax.adamw(optax.cosine_decay_schedule(learning_rate, max(steps, 1)), weight_decay=weight_decay)
     start = {"keys": z_Nxd, "beta": jnp.float32(beta), "alpha": jnp.float32(alpha)}
     run = make_fit(loss_fn, adamw, chunk=loop.chunk)
-    watch = loop.watch()
-    found = run(start, batches, steps, frozen={"z": z_Nxd, "s": s_NxC, "y": values}, **watch)
+    found = run(start, batches, steps, frozen={"z": z_Nxd, "s": s_NxC, "y": values}, loop=loop)
     return TipAdapter(**found.learnables, values=values), found.history
 
 

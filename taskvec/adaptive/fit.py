@@ -132,9 +132,10 @@ class Loop(NamedTuple):
         """
         return self if self.checkpoint is None else self._replace(checkpoint=self.checkpoint.part(name))
 
-    def watch(self) -> dict[str, Any]:
-        """What the runner of `make_fit` takes of it."""
-        return {name: value for name, value in self._asdict().items() if name not in ("chunk", "pieces", "on_phase")}
+    def after(self, before: int) -> "Loop":
+        """The loop of one of several fits, its steps counted on from those `before`; `on_start` was called for all."""
+        tell = self.on_chunk and (lambda step, metrics: self.on_chunk(before + step, metrics))
+        return self._replace(on_start=None, on_chunk=tell)
 
 
 class FitDiverged(FloatingPointError):
@@ -171,7 +172,7 @@ def make_fit(
     project: Callable[[Tree], Tree] | None = None,
     accumulate: int = 1,
 ) -> Callable[..., FitResult]:
-    """Returns a runner ``run(learnables, batches, steps, *, frozen=(), seed=0, checkpoint=None, on_chunk=None, ...)``.
+    """Returns a runner ``run(learnables, batches, steps, *, frozen=(), seed=0, loop=Loop()) -> FitResult``.
 
     Its compiled step is shared by all calls with equal shapes: build it once, run it for every task. See `fit`.
 
@@ -199,21 +200,18 @@ def make_fit(
         *,
         frozen: Any = (),
         seed: int = 0,
-        checkpoint: Any = None,
-        on_start: Callable[[int], None] | None = None,
-        on_chunk: Callable[[int, dict[str, np.ndarray]], None] | None = None,
-        evaluate: Evaluate | None = None,
-        place: Placement | None = None,
+        loop: Loop = Loop(),
     ) -> FitResult:
-        if on_start is not None:
-            on_start(steps)
+        checkpoint, evaluate, place = loop.checkpoint, loop.evaluate, loop.place
+        if loop.on_start is not None:
+            loop.on_start(steps)
         # Copies: the caller's arrays must outlive the donation of the state. No other reference is kept to what is as
         # large as the learnables.
         copied = lambda *parts: FitState(*jax.tree.map(jnp.array, parts))
         state = copied(learnables, optimiser.init(learnables), gradient.init(learnables))
         # Host arrays would go to the device again with every chunk.
         frozen = jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, frozen)
-        key, start, evaluations, record = jax.random.key(seed), 0, {}, _Record(on_chunk)
+        key, start, evaluations, record = jax.random.key(seed), 0, {}, _Record(loop.on_chunk)
         num_steps = np.int32(steps // accumulate)
         if steps > 0:
             record.begin(steps, jax.eval_shape(step, state, frozen, batches(0), key, num_steps)[1][0])
@@ -325,15 +323,10 @@ def fit(
     steps: int,
     *,
     frozen: Any = (),
-    chunk: int | None = None,
     project: Callable[[Tree], Tree] | None = None,
     accumulate: int = 1,
     seed: int = 0,
-    checkpoint: Any = None,
-    on_start: Callable[[int], None] | None = None,
-    on_chunk: Callable[[int, dict[str, np.ndarray]], None] | None = None,
-    evaluate: Evaluate | None = None,
-    place: Placement | None = None,
+    loop: Loop = Loop(),
 ) -> FitResult:
     """Minimises ``loss_fn(learnables, frozen, batch, key)`` over `learnables`.
 
@@ -347,14 +340,15 @@ def fit(
       frozen: any tree; an argument of the compiled step, never a constant of it.
       project, accumulate: see `make_fit`.
       seed: of the key, which is folded with the step.
-      chunk, checkpoint, on_start, on_chunk, evaluate, place: see `Loop`.
+      loop: see `Loop`; not `pieces`, which `learn.learn` takes.
 
     Raises:
+      ValueError: a loop with `pieces`.
       FitDiverged: a metric or gradient is NaN or infinite.
     """
-    run = make_fit(loss_fn, optimiser, chunk=chunk, project=project, accumulate=accumulate)
-    loop = Loop(chunk, checkpoint, on_start, on_chunk, evaluate, place)
-    return run(learnables, batches, steps, frozen=frozen, seed=seed, **loop.watch())
+    loop.refuse("fit", pieces="`learn.learn` cuts batches")
+    run = make_fit(loss_fn, optimiser, chunk=loop.chunk, project=project, accumulate=accumulate)
+    return run(learnables, batches, steps, frozen=frozen, seed=seed, loop=loop)
 
 
 def _chunks(

@@ -252,10 +252,9 @@ def fw_soft(
         frozen = params, _directions(problem.theta0, problem.tau, params, per_leaf), heads
         first = jnp.full((len(groups.names), count), later_init if i else init, jnp.float32)
         before = i * steps
-        tell = loop.on_chunk and (lambda step, metrics, before=before: loop.on_chunk(before + step, metrics))
         batches = lambda step, before=before: batch_of(before + step)
-        how = {"checkpoint": loop.part(f"round{i}").checkpoint, "on_chunk": tell, "place": loop.place}
-        done = fit({"merge": {"lam": first}}, batches, steps, frozen=frozen, **how)
+        own = loop.part(f"round{i}").after(before)
+        done = fit({"merge": {"lam": first}}, batches, steps, frozen=frozen, loop=own)
         lam_GxN = np.asarray(done.learnables["merge"]["lam"], np.float64)
         table *= 1 - lam_GxN.sum(1, keepdims=True)
         for j, vertex in enumerate(chosen):

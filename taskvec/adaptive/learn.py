@@ -244,12 +244,11 @@ def make_learner(
             found = Learned(params, jax.tree.map(np.asarray, learnables["merge"]), history, heads=trained)
             return with_table(found, parametrisation)
 
-        watch = loop.watch()
         if loop.evaluate is not None:
             call = loop.evaluate.call
-            watch["evaluate"] = loop.evaluate._replace(call=lambda step, now: call(step, result(now, {})))
+            loop = loop._replace(evaluate=loop.evaluate._replace(call=lambda step, now: call(step, result(now, {}))))
         start = {"merge": parametrisation.init()} | ({"heads": trainable(heads)} if train_heads else {})
-        done = fit(start, batches, steps, frozen=frozen, seed=seed, **watch)
+        done = fit(start, batches, steps, frozen=frozen, seed=seed, loop=loop)
         return result(done.learnables, done.history)._replace(evaluations=done.evaluations)
 
     return Learner(parametrisation, merge, run)

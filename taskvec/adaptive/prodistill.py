@@ -216,14 +216,14 @@ def prodistill(
         targets = [push(*each) for each in zip(experts, streams.parts, streams.own, strict=True)]
         frozen = {"theta0": block, "tau": own, "outside": streams.outside, "inputs": inputs}
         frozen |= {"x": jnp.concatenate(streams.merged), "y": jnp.concatenate(targets)}
-        order, tell = epochs_of(sum(counts), batch_size, seed, number), _counted_on(loop.on_chunk, number * steps)
+        order, inside = epochs_of(sum(counts), batch_size, seed, number), loop.after(number * steps)
         # The block is kept, not its coefficients: those of entries are as large as the task vectors.
         kept = loop.part(f"block{number}").checkpoint
         saved = kept and kept.restore({"merged": block, "loss": np.zeros(steps, np.float32)} | like)
         if saved:
             found = saved[1]
         else:
-            done = fit(parametrisation.init(), order, steps, frozen=frozen, on_chunk=tell, place=loop.place)
+            done = fit(parametrisation.init(), order, steps, frozen=frozen, loop=inside._replace(checkpoint=None))
             loss = done.history.get("loss", np.zeros(0, np.float32))
             found = {"merged": merge(block, own, done.learnables), "loss": loss} | factors(done.learnables)
             if kept is not None:
@@ -236,10 +236,6 @@ def prodistill(
     params = blocks.replaced(streams.outside, path, jax.tree.map(lambda *x: jnp.stack(x), *layers))
     table = (None, ()) if mode == "element" else _table(problem, path, learned, outside)
     return Learned(params, {}, {"loss": np.concatenate(losses)}, *table)
-
-
-def _counted_on(on_chunk: Callable | None, before: int) -> Callable | None:
-    return None if on_chunk is None else lambda step, metrics: on_chunk(before + step, metrics)
 
 
 def _table(problem: Problem, path: str, learned: list[Tree], outside: float) -> tuple[np.ndarray, tuple[str, ...]]:

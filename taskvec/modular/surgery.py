@@ -157,7 +157,7 @@ def train(
     if once:
         done = _one_pass(run, learnables, frozen, counts, seed, loop)
     else:
-        done = run(learnables, batches, steps, frozen=frozen, **loop.watch())
+        done = run(learnables, batches, steps, frozen=frozen, loop=loop)
     return Correction(start._replace(**done.learnables), normalise, done.history)
 
 
@@ -171,10 +171,8 @@ def _one_pass(
     for t, count in enumerate(counts):
         order = np.random.default_rng([seed, t]).permutation(count).astype(np.int32)
         before, own = int(counts[:t].sum()), jax.tree.map(lambda x, t=t: x[t : t + 1], (learnables, frozen))
-        tell = loop.on_chunk and (lambda step, metrics, before=before: loop.on_chunk(before + step, metrics))
-        watch = loop.part(f"task{t}")._replace(on_start=None, on_chunk=tell).watch()
         batches = lambda step, order=order: order[step : step + 1, None]
-        each.append(run(own[0], batches, int(count), frozen=own[1], **watch))
+        each.append(run(own[0], batches, int(count), frozen=own[1], loop=loop.part(f"task{t}").after(before)))
     joined = lambda pick: jax.tree.map(lambda *x: np.concatenate(x), *map(pick, each))
     return FitResult(joined(lambda done: done.learnables), (), joined(lambda done: done.history))
 

@@ -159,7 +159,7 @@ def surgery_v2(
         return l1_T.sum(), {"l1": l1_T}
 
     fit = make_fit(loss_fn, optax.adam(learning_rate), chunk=loop.chunk)
-    done = fit(start, together(rows, per_task, seed), steps, frozen=params, seed=seed, **loop.watch())
+    done = fit(start, together(rows, per_task, seed), steps, frozen=params, seed=seed, loop=loop)
     adapters = done.learnables
 
     def params_for(task: int) -> Tree:

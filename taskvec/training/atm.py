@@ -82,7 +82,6 @@ def make_train(
     batches: Sequence[Callable[[int], dict[str, np.ndarray]]],
     *,
     seed: int = 0,
-    chunk: int | None = None,
     on_fit: Callable[[int, FitResult], None] | None = None,
 ) -> Train:
     """`atm`'s `train` for frozen heads. A task's batches go on where its earlier round ended.
@@ -94,12 +93,11 @@ def make_train(
       heads: frozen heads of T tasks.
       batches: T functions ``step -> inputs`` and ``label`` int32 ``[B]``.
       seed: of the step's keys.
-      chunk: see `adaptive.fit.make_fit`.
       on_fit: called with (task, result) after each fine-tuning.
     """
 
     loss_fn = lambda params, head, batch, key: classify(apply_fn(params, batch), head, batch)
-    runner = functools.cache(lambda steps: make_fit(loss_fn, optimiser(steps), chunk=chunk))
+    runner = functools.cache(lambda steps: make_fit(loss_fn, optimiser(steps)))
 
     def train(params: Tree, task: int, first: int, steps: int) -> Tree:
         head = (heads.kernel[task], heads.class_mask[task], np.float32(heads.scale))

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import optax
 
-from taskvec.adaptive.fit import make_fit
+from taskvec.adaptive.fit import Loop, make_fit
 from taskvec.adaptive.optimisers import sharpness_aware
 from taskvec.training.finetune import classify
 from taskvec.training.heads import Heads
@@ -55,7 +55,6 @@ def make_branches(
     fixed: Tree = (),
     sam_rho: float = 0.0,
     seed: int = 0,
-    chunk: int | None = None,
 ) -> Trainer:
     """A `Trainer` under frozen heads; all branches share a compiled step.
 
@@ -68,7 +67,6 @@ def make_branches(
       fixed: of ``trainable.init``, whose learnables the branches then are.
       sam_rho: see `optimisers.sharpness_aware`; 0 for none.
       seed: of the tasks drawn and of the step's keys. The draw depends on the step alone, as in the released code.
-      chunk: see `adaptive.fit.make_fit`.
     """
     trainable = trainable or full()
 
@@ -78,7 +76,7 @@ def make_branches(
         head = (heads.kernel[task], heads.class_mask[task], heads.scale)
         return classify(trainable.apply(apply_fn, learnables, fixed, batch), head, batch)
 
-    run = make_fit(sharpness_aware(sam_rho)(loss_fn) if sam_rho else loss_fn, optimiser, chunk=chunk)
+    run = make_fit(sharpness_aware(sam_rho)(loss_fn) if sam_rho else loss_fn, optimiser)
     frozen = fixed, heads._replace(scale=np.float32(heads.scale))
 
     def train(
@@ -88,9 +86,8 @@ def make_branches(
             task = int(np.random.default_rng([seed, step]).choice(len(batches), p=chances))
             return batches[task](step) | {"task": np.int32(task)}
 
-        done = run(
-            params, batch, first + steps, frozen=frozen, seed=seed, checkpoint=_Pause(first, state), on_chunk=on_chunk
-        )
+        loop = Loop(checkpoint=_Pause(first, state), on_chunk=on_chunk)
+        done = run(params, batch, first + steps, frozen=frozen, seed=seed, loop=loop)
         return done.learnables, done.opt_state
 
     return Trainer(optimiser.init, train)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from taskvec.adaptive import objectives
-from taskvec.adaptive.fit import make_fit
+from taskvec.adaptive.fit import Loop, make_fit
 from taskvec.adaptive.optimisers import sharpness_aware
 from taskvec.training import heads
 from taskvec.training.recipes import Recipe
@@ -64,7 +64,6 @@ def make_finetune(
     *,
     trainable: Trainable | None = None,
     objective: Objective = classify,
-    chunk: int | None = None,
 ) -> Callable[..., Tree]:
     """Returns ``finetune(params, kernel, mask, scale, batches, *, start, seed, checkpoint, on_chunk) -> learnables``.
 
@@ -76,7 +75,7 @@ def make_finetune(
     * kernel, mask, scale: one task's head, ``[d, C]``, ``[C]``, factor (`heads.Heads`); None for an objective without.
     * batches: ``i -> inputs`` and what the objective reads (``label`` int32 ``[B]``), for all ``recipe.batches``.
     * start: ``(learnables, fixed)``, by default ``trainable.init(params)``.
-    * seed, checkpoint, on_chunk: see `adaptive.fit.fit`; the metrics are ``loss`` and ``accuracy`` of the batches.
+    * seed, checkpoint, on_chunk: see `adaptive.fit.Loop`; the metrics are ``loss`` and ``accuracy`` of the batches.
 
     Args:
       apply_fn: ``(params, batch) -> {"features": [B, d], ...}``; with dropout it is given ``dropout`` and a ``key``,
@@ -84,7 +83,6 @@ def make_finetune(
       recipe: with its steps settled.
       trainable: what is trained; all weights by default.
       objective: ``(outputs, head, batch) -> (loss, metrics)``; with label smoothing it is given ``label_smoothing``.
-      chunk: see `adaptive.fit.make_fit`.
 
     Raises:
       ValueError: a recipe whose steps depend on the task.
@@ -98,7 +96,7 @@ def make_finetune(
         return objective(trainable.apply(model, learnables, fixed, batch), head, batch, **smoothing)
 
     gradient = sharpness_aware(recipe.sam_rho)(loss_fn) if recipe.sam_rho else loss_fn
-    run = make_fit(gradient, recipe.optimiser(), chunk=chunk, accumulate=recipe.accumulate)
+    run = make_fit(gradient, recipe.optimiser(), accumulate=recipe.accumulate)
 
     def finetune(
         params: Tree,
@@ -115,8 +113,8 @@ def make_finetune(
         head = None if kernel is None else (kernel, mask, np.float32(scale))
         learnables, fixed = start or trainable.init(params)
         done = run(
-            learnables, batches, recipe.batches, frozen=(fixed, head), seed=seed, checkpoint=checkpoint,
-            on_chunk=on_chunk,
+            learnables, batches, recipe.batches, frozen=(fixed, head), seed=seed,
+            loop=Loop(checkpoint=checkpoint, on_chunk=on_chunk),
         )  # fmt: skip
         return done.learnables
 

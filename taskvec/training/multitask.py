@@ -15,7 +15,7 @@ import optax
 
 from taskvec import tree as trees
 from taskvec.adaptive import objectives
-from taskvec.adaptive.fit import FitResult, Gradient, make_fit
+from taskvec.adaptive.fit import FitResult, Gradient, Loop, make_fit
 from taskvec.adaptive.optimisers import worst_nearby
 from taskvec.adaptive.parametrisation import weighted_sum
 from taskvec.adaptive.rows import split_tasks
@@ -62,9 +62,8 @@ def make_joint(
     trainable: Trainable | None = None,
     tasks_at_once: int = 1,
     sam_rho: float = 0.0,
-    chunk: int | None = None,
 ) -> Callable[..., FitResult]:
-    """Returns ``joint(params, heads, batches, steps, *, seed=0, checkpoint=None, on_chunk=None) -> FitResult``.
+    """Returns ``joint(params, heads, batches, steps, *, seed=0, loop=Loop()) -> FitResult``.
 
     Its learnables are the fine-tuned params where all weights are trained, else see `finetune.weights_of`. Arguments:
 
@@ -72,8 +71,8 @@ def make_joint(
     * heads: frozen heads of the T tasks.
     * batches: ``step -> inputs`` of ``T * B`` rows in the order of the tasks and ``label`` int32 ``[T * B]``, such as
       `concatenated`; for a balancer that needs them also ``validation``, of the same form with any number of rows.
-    * steps, seed, checkpoint, on_chunk: see `adaptive.fit.fit`. The metrics of a step are ``loss`` (the weighted sum),
-      ``losses``, ``weights`` and ``accuracy``, each ``[T]``.
+    * steps, seed, loop: see `adaptive.fit.fit`. The metrics of a step are ``loss`` (the weighted sum), ``losses``,
+      ``weights`` and ``accuracy``, each ``[T]``.
 
     Where the balancer does without the Gram matrix, the rows of all tasks pass the encoder as one batch, with one
     backward pass. Otherwise a step holds T gradients of the size of the learnables, and twice as many with SAM, beside
@@ -92,7 +91,6 @@ def make_joint(
       sam_rho: if above 0, task-based flat minima (arXiv 2211.13723): beside g_t there is
         ``h_t = grad L_t(theta + rho g_t / |g_t|) - g_t``; both families are balanced on their own, from the same
         memory, and added. The formula is recalled, not checked against the paper.
-      chunk: see `adaptive.fit.make_fit`.
 
     Raises:
       ValueError: rows do not divide among the tasks, or validation rows are missing.
@@ -102,12 +100,14 @@ def make_joint(
 
     @functools.cache
     def runner(num_tasks: int) -> Callable[..., FitResult]:
-        return make_fit(Gradient(lambda learnables: balancer.init(num_tasks), apply), optimiser, chunk=chunk)
+        return make_fit(Gradient(lambda learnables: balancer.init(num_tasks), apply), optimiser)
 
-    def joint(params: Tree, heads: Heads, batches: Callable[[int], Batch], steps: int, **watched: Any) -> FitResult:
+    def joint(
+        params: Tree, heads: Heads, batches: Callable[[int], Batch], steps: int, *, seed: int = 0, loop: Loop = Loop()
+    ) -> FitResult:
         learnables, fixed = trainable.init(params)
         frozen = fixed, heads._replace(scale=np.float32(heads.scale))
-        return runner(heads.kernel.shape[0])(learnables, batches, steps, frozen=frozen, **watched)
+        return runner(heads.kernel.shape[0])(learnables, batches, steps, frozen=frozen, seed=seed, loop=loop)
 
     return joint
 

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from taskvec.adaptive.fit import Evaluate, FitDiverged, fit, make_fit
+from taskvec.adaptive.fit import Evaluate, FitDiverged, Loop, fit, make_fit
 from taskvec.io.checkpoints import Checkpoint
 
 START = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
@@ -23,8 +23,8 @@ def loss_fn(learnables, frozen, batch, key):
     return jnp.square(z).mean(), {"mean_T": z.mean(0)}
 
 
-def run(steps=20, **kwargs):
-    return fit(loss_fn, START, optax.adam(1e-2), batches, steps, frozen=FROZEN, **kwargs)
+def run(steps=20, project=None, **loop):
+    return fit(loss_fn, START, optax.adam(1e-2), batches, steps, frozen=FROZEN, project=project, loop=Loop(**loop))
 
 
 def equal(a, b):
@@ -118,7 +118,7 @@ def test_progress_comes_in_order_with_all_steps():
 def test_divergence_is_diagnosed():
     poisoned = lambda step: {"y": batches(step)["y"] * (np.nan if step == 6 else 1)}
     with pytest.raises(FitDiverged, match="step 6: metrics loss, mean_T; gradients of b, w") as caught:
-        fit(loss_fn, START, optax.adam(1e-2), poisoned, 20, frozen=FROZEN, chunk=4)
+        fit(loss_fn, START, optax.adam(1e-2), poisoned, 20, frozen=FROZEN, loop=Loop(chunk=4))
     assert caught.value.step == 6 and caught.value.learnables == ["b", "w"]
 
     def one_bad_leaf(learnables, frozen, batch, key):
@@ -132,7 +132,7 @@ def test_divergence_is_diagnosed():
 def test_no_diverged_state_is_saved(tmp_path):
     poisoned = lambda step: {"y": batches(step)["y"] * (np.nan if step == 6 else 1)}
     with Checkpoint(tmp_path, every=1) as checkpoint, pytest.raises(FitDiverged):
-        fit(loss_fn, START, optax.adam(1e-2), poisoned, 20, frozen=FROZEN, chunk=4, checkpoint=checkpoint)
+        fit(loss_fn, START, optax.adam(1e-2), poisoned, 20, frozen=FROZEN, loop=Loop(4, checkpoint))
     assert sorted(int(p.name) for p in tmp_path.iterdir()) == [4]
 
 
@@ -145,5 +145,6 @@ def test_nothing_large_is_held_beside_the_state():
         seen.append((shapes.count((4321,)), shapes.count((1234,))))
 
     loss = lambda w, frozen, batch, key: (jnp.square(w - frozen.sum() - batch.mean()).sum(), {})
-    fit(loss, start, optax.adam(0.1), lambda step: np.ones(3, np.float32), 6, frozen=host, chunk=2, on_chunk=count)
+    watch = Loop(chunk=2, on_chunk=count)
+    fit(loss, start, optax.adam(0.1), lambda step: np.ones(3, np.float32), 6, frozen=host, loop=watch)
     assert seen == [(4, 1)] * 3  # the caller's, and weights and two moments

@@ -157,7 +157,7 @@ def test_branches_keep_their_optimisers():
 
     apply_fn = lambda params, batch: {"features": jnp.tanh(batch["x"] @ params["w"])}
     optimiser = optax.sgd(optax.cosine_decay_schedule(0.1, 12), momentum=0.9)
-    trainer = make_branches(apply_fn, optimiser, heads, [batches(0), batches(1)], chunk=4)
+    trainer = make_branches(apply_fn, optimiser, heads, [batches(0), batches(1)])
     chances, begin = np.array([0.7, 0.3]), trainer.init(params)
     whole = trainer.train(params, begin, chances, 0, 12)
     assert {task for task, _ in asked} == {0, 1} and {step for _, step in asked} == set(range(12))

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from taskvec.adaptive import objectives
+from taskvec.adaptive.fit import Loop
 from taskvec.io.checkpoints import Checkpoint
 from taskvec.training import balancers, heads as heads_lib
 from taskvec.training.multitask import concatenated, gram_matrix, make_joint, task_gradients
@@ -138,19 +139,18 @@ def test_coba_hears_validation_rows():
 
 def test_a_balancers_memory_is_in_the_checkpoint(tmp_path):
     params, heads, batches, _ = setting()
-    joint = make_joint(apply_fn, optax.adam(1e-2), balancers.gradnorm(), chunk=2)
+    joint = make_joint(apply_fn, optax.adam(1e-2), balancers.gradnorm())
 
     def kill(step, metrics):
         if step >= 6:
             raise KeyboardInterrupt
 
     with Checkpoint(tmp_path, every=4) as checkpoint, pytest.raises(KeyboardInterrupt):
-        joint(params, heads, batches, 10, checkpoint=checkpoint, on_chunk=kill)
+        joint(params, heads, batches, 10, loop=Loop(checkpoint=checkpoint, on_chunk=kill))
     seen = []
     with Checkpoint(tmp_path, every=4) as checkpoint:
-        resumed = joint(
-            params, heads, batches, 10, checkpoint=checkpoint, on_chunk=lambda step, metrics: seen.append(step)
-        )
+        watch = Loop(checkpoint=checkpoint, on_chunk=lambda step, metrics: seen.append(step))
+        resumed = joint(params, heads, batches, 10, loop=watch)
     assert seen[0] > 4
     jax.tree.map(np.testing.assert_array_equal, resumed, joint(params, heads, batches, 10))
 
