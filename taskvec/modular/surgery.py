@@ -259,8 +259,8 @@ def surgery(
             f"rows of {len(rows.counts)} tasks for {problem.num_tasks} task vectors: give rows of every task"
         )
     params = merged_model(problem, on)
-    rows = rows if rows.targets else with_targets(problem, rows)
-    mine = [through(problem.apply_fn, params, rows, t)["features"] for t in range(len(rows.counts))]
+    rows = with_targets(problem, rows, loop=loop)
+    mine = [through(problem.apply_fn, params, rows, t, loop=loop)["features"] for t in range(len(rows.counts))]
     theirs = [np.asarray(targets["features"]) for targets in rows.targets]
     how = {"rank": rank, "center": center, "normalise": normalise, "once": once, "per_task": per_task}
     found = train(mine, theirs, steps=steps, learning_rate=learning_rate, seed=seed, loop=loop, **how)

@@ -148,7 +148,7 @@ def surgery_v2(
         raise ValueError(f"{problem.num_tasks} task vectors but rows of {len(rows.counts)} tasks")
     blocks.stack_of(problem.theta0)
     params = merged_model(problem, on)
-    rows = with_targets(problem, rows, give=taps)
+    rows = with_targets(problem, rows, give=taps, loop=loop)
     (_, num_layers, width), (_, features) = (rows.targets[0][name].shape for name in ("blocks", "features"))
     start = init_adapters(num_layers, problem.num_tasks, width, features, rank, seed)
     apply_fn = functools.partial(run, problem.apply_fn)

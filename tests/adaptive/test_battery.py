@@ -27,7 +27,7 @@ SHORT = {
 # Those that need blocks and hooks are tested on models of the library, in test_prodistill.py and others.
 NEEDS_BLOCKS = tuple(name for name, method in registry.methods().items() if "tokens" in method.card.sees)
 MESHED = ("adamerging", "fw_hard", "surgery", "symerge")  # on every run of the tests; some five seconds each
-LONG_PHASES = ("adarank", "divmerge", "fw_hard", "fw_soft", "samerging", "sens_merging", "symerge")
+LONG_PHASES = ("adarank", "divmerge", "fw_hard", "fw_soft", "samerging", "sens_merging", "surgery", "symerge")
 UNPLACED = ("fw_hard", "sens_merging")  # weights on a mesh, but no batches
 
 
