@@ -89,6 +89,15 @@ def check(task: Task, may_be_empty: tuple[str, ...] = ()) -> None:
             )
 
 
+def in_order(names: Iterable[str]) -> tuple[str, ...]:
+    """Class names sorted: as numbers if all are whole numbers, else as strings, as torchvision sorts them always.
+
+    Folders 0 to 42 (GTSRB's) are so in the order of lists of class names, and not 0, 1, 10, 11.
+    """
+    names = sorted(names)
+    return tuple(sorted(names, key=int) if all(name.isdecimal() for name in names) else names)
+
+
 def subsample(
     task: Task,
     train: int | None,

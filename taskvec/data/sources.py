@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from taskvec.data import base
 from taskvec.data.lazy import Images
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -43,7 +44,7 @@ class Columns(NamedTuple):
 
 
 def image_folder(folder: str | os.PathLike, classes: Sequence[str] = ()) -> Table:
-    """Images in ``FOLDER/CLASS/**/*.png``; classes are the folders' names in sorted order, as in torchvision.
+    """Images in ``FOLDER/CLASS/**/*.png``; classes are the folders' names in order (`base.in_order`).
 
     Args:
       folder: with one subfolder a class.
@@ -54,10 +55,10 @@ def image_folder(folder: str | os.PathLike, classes: Sequence[str] = ()) -> Tabl
       ValueError: a folder is not among `classes`.
     """
     folder = pathlib.Path(folder).expanduser()
-    found = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+    found = _class_folders(folder)
     if not found:
         raise FileNotFoundError(f"{folder}: no class folders; want {folder}/CLASS/*.png")
-    names = tuple(classes) or tuple(found)
+    names = tuple(classes) or found
     unknown = sorted(set(found) - set(names))
     if unknown:
         raise ValueError(f"{folder}: unknown class {', '.join(unknown)}; the training set has {', '.join(names)}")
@@ -71,6 +72,10 @@ def image_folder(folder: str | os.PathLike, classes: Sequence[str] = ()) -> Tabl
         labels += [label] * len(inside)
     images = Images(lambda row: files[row], lambda row: files[row], np.arange(len(files)))
     return Table(images, np.array(labels, np.int32), names)
+
+
+def _class_folders(folder: pathlib.Path) -> tuple[str, ...]:
+    return base.in_order(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else ()
 
 
 def label_order(found: Sequence[str], names: Sequence[str], where: str) -> list[int] | None:
@@ -97,8 +102,8 @@ def label_order(found: Sequence[str], names: Sequence[str], where: str) -> list[
 
 
 def folder_order(folder: pathlib.Path, names: Sequence[str]) -> tuple[str, ...]:
-    """Class folders in the order of `names` where they are called so (`label_order`), else empty: sorted order."""
-    found = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+    """Class folders in the order of `names` where they are called so (`label_order`), else empty: `base.in_order`."""
+    found = _class_folders(folder)
     order = label_order(found, names, str(folder))
     return tuple(found[i] for i in np.argsort(order)) if order is not None else ()
 
@@ -261,7 +266,7 @@ def _labels(values: list, classes: Sequence[str], where, column: str) -> tuple[n
         if not isinstance(value, int | float | str):
             raise ValueError(f"{where(i)}: label must be a number or a string, found {value!r}")
     if any(isinstance(value, str) for value in values):
-        classes = tuple(classes) or tuple(sorted(set(map(str, values))))
+        classes = tuple(classes) or base.in_order(set(map(str, values)))
         number_of = {name: i for i, name in enumerate(classes)}
         for i, value in enumerate(values):
             if value not in number_of:

@@ -25,6 +25,17 @@ def test_image_folder(tmp_path):
     assert sources.image_folder(tmp_path, ("b", "a", "c")).labels.tolist() == [0] * 3 + [1] * 4
 
 
+def test_classes_that_are_numbers(tmp_path):
+    names = [str(n) for n in (10, 0, 2, 1)]
+    table = sources.image_folder(folders(tmp_path / "a", names, 1))
+    assert table.classes == ("0", "1", "2", "10") and table.labels.tolist() == [0, 1, 2, 3]
+    np.testing.assert_array_equal(table.rows[3], [picture(0)])
+    assert sources.image_folder(folders(tmp_path / "b", ["010", "002"], 1)).classes == ("002", "010")
+    assert sources.image_folder(folders(tmp_path / "c", ["10", "2", "x"], 1)).classes == ("10", "2", "x")
+    lines(tmp_path / "a.jsonl", [{"text": "one", "label": name} for name in names])
+    assert sources.jsonl(tmp_path / "a.jsonl", TEXT).labels.tolist() == [3, 0, 2, 1]
+
+
 def test_image_folder_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no class folders; want .*CLASS"):
         sources.image_folder(tmp_path / "none")
