@@ -97,7 +97,9 @@ def align(models: Sequence[Model], labels: Sequence[str], takes: Callable[[str],
         found = prefixes.match(model.specs, models[0].specs)
         renamed = [own for own, name in found.items() if own != name]
         if renamed:
-            notes.append(f"{label}: {len(renamed)} names lose or gain a prefix, as in {renamed[0]}")
+            notes.append(
+                f"{label}: {len(renamed)} names are called otherwise (a prefix, gamma and beta), as in {renamed[0]}"
+            )
         names.append({name: own for own, name in found.items()})
     copies, untied = _settle_ties(models, labels, names, notes)
     first = names[0]

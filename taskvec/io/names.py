@@ -9,6 +9,9 @@ A rule pairs a name with a path; ``{}`` stands for a layer number in both. The o
 A name that no rule covers is an error, unless the table lists it as ignored: then it is no part of the model here (it
 is not merged), and saving copies it from the source file. Names listed as copies hold another tensor once more (tied
 embeddings): reading leaves them out, saving writes that tensor under both names.
+
+Old files of BERT (google-bert's on the hub) call scale and bias of a norm gamma and beta, as TensorFlow does. They are
+read as if they had the usual names (`current`); saving writes these, or what the source file has.
 """
 
 import collections
@@ -24,6 +27,7 @@ from taskvec.messages import some
 from taskvec.tree import Tree
 
 _AXES = {"none": None, "transpose": (1, 0), "conv": (2, 3, 1, 0)}
+_OLD = {"gamma": "weight", "beta": "bias"}
 _AXES_BACK = {"none": None, "transpose": (1, 0), "conv": (3, 2, 0, 1)}
 
 
@@ -59,6 +63,12 @@ class Place(NamedTuple):
     op: str
 
 
+def current(name: str) -> str:
+    """The usual name of a tensor, for ``LayerNorm.gamma`` and ``LayerNorm.beta``."""
+    module, _, last = name.rpartition(".")
+    return f"{module}.{_OLD[last]}" if last in _OLD and module.endswith("LayerNorm") else name
+
+
 def places(table: Table, names: Iterable[str]) -> dict[str, Place]:
     """Finds the place of every name of a file; ignored names and copies are left out.
 
@@ -72,7 +82,7 @@ def places(table: Table, names: Iterable[str]) -> dict[str, Place]:
     for name in names:
         if name in second:
             continue
-        bare = name.removeprefix(table.prefix)
+        bare = current(name.removeprefix(table.prefix))
         if any(re.fullmatch(pattern, bare) for pattern in table.ignore):
             continue
         matches = [(match, rule) for pattern, rule in rules if (match := pattern.fullmatch(bare))]

@@ -185,6 +185,9 @@ def test_prefixes():
     assert prefixes.match(["bert.x.w", "head.w"], ["x.w", "y.w"]) == {"bert.x.w": "x.w", "head.w": "head.w"}
     assert prefixes.match(["h.0.w"], ["transformer.h.0.w", "lm_head.w"]) == {"h.0.w": "transformer.h.0.w"}
     assert prefixes.match(["a.w", "b.w"], ["a.w", "c.w"]) == {"a.w": "a.w", "b.w": "b.w"}
+    old, new = ["bert.LayerNorm.gamma", "bert.x.gamma"], ["LayerNorm.weight", "x.gamma"]
+    assert prefixes.match(old, new) == dict(zip(old, new, strict=True))
+    assert prefixes.match(new, old) == dict(zip(new, old, strict=True))
 
 
 def test_a_body_and_a_model_with_a_head(tmp_path):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from taskvec import models
+from taskvec import cli, models
 from taskvec.io import safetensors
 from taskvec.models import efficientnet
 
@@ -65,6 +65,22 @@ def test_tokenizer_files_and_names_with_a_prefix_are_kept(folder, tmp_path):
     models.save(tmp_path / "saved", model, params, source=folder)
     assert safetensors.load(tmp_path / "saved").keys() == safetensors.load(folder).keys()
     assert (tmp_path / "saved" / "1_Pooling" / "config.json").is_file()
+
+
+def test_old_names_of_norms_are_read_and_kept(folder, tmp_path):
+    old = lambda name: name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+    rewrite(folder, lambda t: {old(f"bert.{k}"): v for k, v in t.items()})
+    model, params = models.load(folder)
+    assert_same(params, models.load(TINY)[1])
+    models.save(tmp_path / "saved", model, params, source=folder)
+    assert_same(safetensors.load(tmp_path / "saved"), safetensors.load(folder))
+    models.save(tmp_path / "alone", model, params)
+    assert "embeddings.LayerNorm.weight" in safetensors.load(tmp_path / "alone")
+    experts = [f"--expert={expert}" for expert in (TINY, tmp_path / "saved")]
+    assert not cli.main(
+        ["merge", "--method=weight_average", f"--base={folder}", *experts, f"--out={tmp_path / 'merged'}"]
+    )
+    assert_same(safetensors.load(tmp_path / "merged"), safetensors.load(folder))
 
 
 def test_bfloat16_is_saved_as_such(tmp_path):
