@@ -127,6 +127,11 @@ def subsample(
         drawn = subsample(task._replace(held_out=take(kept, np.arange(0))), train, 0, test, seed, test_seed)
         return drawn._replace(held_out=kept)
     have = len(task.train.labels)
+    if train is None and held_out >= have:
+        raise ValueError(
+            f"task {task.name}: held_out={held_out} leaves none of {have} training rows to train on; allowed 0 to "
+            f"{have - 1}"
+        )
     train = have - held_out if train is None else train
     test = len(task.test.labels) if test is None else test
     if train + held_out > have:

@@ -62,6 +62,10 @@ def test_subsample_gives_every_class_a_training_row(caplog):
 def test_subsample_of_too_many_rows(caplog):
     with pytest.raises(ValueError, match="train=18 and held_out=3 ask for 21 rows, there are 20"):
         base.subsample(toy(), 18, 3, 5, 0)
+    for held_out in (20, 25):
+        with pytest.raises(ValueError, match=f"held_out={held_out} leaves none of 20 training rows .*allowed 0 to 19"):
+            base.subsample(toy(), None, held_out, 5, 0)
+    assert len(base.subsample(toy(), None, 19, 5, 0).train.labels) == 1
     assert len(base.subsample(toy(), 5, 0, 99, 0).test.labels) == 10
     assert "99 test rows asked" in caplog.text
 
