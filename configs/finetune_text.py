@@ -17,9 +17,12 @@ from taskvec.data import glue, suites
 
 
 def get_config(arg=None):
-    """Arguments: see above; ``tasks`` (joined by +), ``recipe``, ``train`` (see `common.experts`)."""
+    """Arguments: see above; ``tasks`` (joined by +), ``recipe``, ``train`` (see `common.experts`), ``length``.
+
+    That is in tokens, by default 128, of prompts 512, with which `configs/glue.py` scores them.
+    """
     arg = common.parse_arg(
-        arg, model="minilm", suite="registry", source="", tasks="", recipe="small", train="full", length=128, seeds=1,
+        arg, model="minilm", suite="registry", source="", tasks="", recipe="small", train="full", length=0, seeds=1,
         runlocal=False,
     )  # fmt: skip
     config = common.experts(f"finetune_text_{arg.suite}", arg.seeds, arg.recipe, arg.train)
@@ -35,5 +38,6 @@ def get_config(arg=None):
     if arg.suite == "glue_text_to_text":
         config.heads = "answers"
     tasks = tuple(arg.tasks.split("+")) if arg.tasks else tasks
-    config.suite = common.suite("text", tasks, source=source, max_length=arg.length, **sizes)
+    length = arg.length or (512 if arg.suite == "glue_text_to_text" else 128)
+    config.suite = common.suite("text", tasks, source=source, max_length=length, **sizes)
     return common.shrink_finetuning(config, few_rows=True) if arg.runlocal else config

@@ -20,7 +20,7 @@ PAIR = "WizardLMTeam/WizardLM-13B-V1.2+WizardLMTeam/WizardMath-13B-V1.0"
 
 
 def get_config(arg=None):
-    """Arguments: see above; ``length`` (tokens of a prompt), ``answer`` (tokens of an answer)."""
+    """Arguments: see above; ``length`` (tokens of a prompt, the last are kept), ``answer`` (tokens of an answer)."""
     arg = common.parse_arg(
         arg, model="meta-llama/Llama-2-13b-hf", experts=PAIR, tasks="instruct+math", source="data", length=512,
         answer=16, runlocal=False,

@@ -120,7 +120,8 @@ def prepare(config: Any, base: Base, seed: int) -> Bench:
 def load_tasks(config: Any, base: Base, seed: int) -> Bench:
     """Loads the tasks of a seed, makes the heads, and settles how rows are scored."""
     tokenizer = base.folder if config.suite.kind == "text" else None
-    bench = Bench(base, suites.load_suite({**config.suite, "seed": seed}, tokenizer), None, [], seed, config)
+    cut = "left" if config.heads == "answers" else "right"  # a prompt without its end asks nothing
+    bench = Bench(base, suites.load_suite({**config.suite, "seed": seed}, tokenizer, cut), None, [], seed, config)
     if hasattr(base.model.config, "vocab_size"):
         types = getattr(base.model.config, "type_vocab_size", 1)  # one type is not looked at
         for task in bench.tasks:

@@ -133,16 +133,19 @@ def text_to_text(name: str, split: base.Split) -> tuple[np.ndarray, np.ndarray]:
 def encode_text_to_text(task: base.Task, tokenizer, max_length: int = 512) -> base.Task:
     """The task's rows as ``{"ids", "mask", "target", "target_mask"}``: int32 and bool ``[N, M]`` and ``[N, L]``.
 
-    Targets end with the tokenizer's end token where its post-processor adds one (T5's does).
+    Targets end with the tokenizer's end token where its post-processor adds one (T5's does). A prompt that is too long
+    loses its end, as in FusionBench, and with it the question; how many do is logged.
     """
 
-    def one(split: base.Split) -> base.Split:
+    def one(which: str) -> base.Split:
+        split = getattr(task, which)
         prompts, targets = text_to_text(task.name, split)
         target = encode(targets, tokenizer, max_length)
-        both = encode(prompts, tokenizer, max_length) | {"target": target["ids"], "target_mask": target["mask"]}
+        both = encode(prompts, tokenizer, max_length, where=f"task {task.name}, {which}")
+        both |= {"target": target["ids"], "target_mask": target["mask"]}
         return split._replace(inputs=both)
 
-    return task._replace(**{which: one(getattr(task, which)) for which in base.SPLITS})
+    return task._replace(**{which: one(which) for which in base.SPLITS})
 
 
 def numbers(answers: list[str]) -> np.ndarray:

@@ -56,12 +56,16 @@ class Spec:
     seed: int = 0
 
 
-def load_suite(spec: Mapping[str, Any], tokenizer_folder: str | os.PathLike | None = None) -> list[base.Task]:
+def load_suite(
+    spec: Mapping[str, Any], tokenizer_folder: str | os.PathLike | None = None, cut: str = "right"
+) -> list[base.Task]:
     """Loads the tasks of a suite, draws their rows, and encodes them.
 
     Args:
       spec: the keys of `Spec` (a dict or an ml_collections ConfigDict).
       tokenizer_folder: the text model's folder, for its ``tokenizer.json``; not used for images.
+      cut: the side on which texts above ``max_length`` lose tokens: ``right`` (always so with family
+        ``glue_text_to_text``), or ``left`` for prompts, whose question stands at the end.
 
     Raises:
       ValueError: an unknown key, kind or task name (the message lists what there is), or too few rows.
@@ -86,7 +90,7 @@ def load_suite(spec: Mapping[str, Any], tokenizer_folder: str | os.PathLike | No
         if spec.family == "glue_text_to_text":
             return glue.encode_text_to_text(task, tokenizer, spec.max_length)
         if spec.kind == "text":
-            return text.encode_task(task, tokenizer, spec.max_length)
+            return text.encode_task(task, tokenizer, spec.max_length, cut)
         return images.encode_task(task, spec.image_size, _preprocess(spec))
 
     tasks = [load(name) for name in spec.tasks]

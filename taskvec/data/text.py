@@ -1,6 +1,7 @@
 """Text tasks: tokens from a model folder's own tokenizer, and tasks from JSON-lines files."""
 
 import json
+import logging
 import os
 import pathlib
 from collections.abc import Sequence
@@ -9,6 +10,8 @@ import numpy as np
 
 from taskvec.data import base
 from taskvec.messages import listing
+
+log = logging.getLogger(__name__)
 
 
 def load_tokenizer(folder: str | os.PathLike):
@@ -47,16 +50,20 @@ def load_tokenizer(folder: str | os.PathLike):
     return tokenizer
 
 
-def encode(texts: np.ndarray, tokenizer, max_length: int) -> dict[str, np.ndarray]:
+def encode(texts: np.ndarray, tokenizer, max_length: int, cut: str = "right", where: str = "") -> dict[str, np.ndarray]:
     """Tokens of N texts: ``{"ids": int32 [N, M], "mask": bool [N, M]}``, M the longest, at most `max_length`.
 
     Texts are ``[N]``, or ``[N, 2]`` for pairs, which are joined as the tokenizer joins them. ``"type_ids"`` int32
     ``[N, M]`` says which text of a pair a token is of (BERT's segments); it is left out where all are 0. Special tokens
-    count and survive truncation. Padding has id and type 0 and is false in the mask.
+    count and survive truncation, which is at the end, or with `cut` ``left`` at the beginning; how many texts it cuts
+    is logged as of `where`, if that is given. Padding has id and type 0 and is false in the mask.
     """
-    tokenizer.enable_truncation(max_length)
+    tokenizer.enable_truncation(max_length, direction=cut)
     pairs = [tuple(row) for row in texts] if np.ndim(texts) == 2 else list(texts)
     encodings = tokenizer.encode_batch(pairs)
+    if where and (long := sum(bool(encoding.overflowing) for encoding in encodings)):
+        end = {"right": "end", "left": "beginning"}[cut]
+        log.warning("%s: %d of %d texts are cut to %d tokens, at their %s", where, long, len(pairs), max_length, end)
     lengths = np.array([len(encoding.ids) for encoding in encodings], int)
     mask = np.arange(max(lengths, default=0)) < lengths[:, None]
 
@@ -83,15 +90,15 @@ def with_types(tasks: Sequence[base.Task]) -> list[base.Task]:
     return [task._replace(**{name: typed(getattr(task, name)) for name in base.SPLITS}) for task in tasks]
 
 
-def encode_task(task: base.Task, tokenizer, max_length: int) -> base.Task:
-    """A task of ``{"text"}`` rows with its rows encoded."""
-    parts = {name: getattr(task, name) for name in base.SPLITS}
-    return task._replace(
-        **{
-            name: split._replace(inputs=encode(split.inputs["text"], tokenizer, max_length))
-            for name, split in parts.items()
-        }
-    )
+def encode_task(task: base.Task, tokenizer, max_length: int, cut: str = "right") -> base.Task:
+    """A task of ``{"text"}`` rows with its rows encoded (`encode`)."""
+
+    def encoded(name: str) -> base.Split:
+        split = getattr(task, name)
+        where = f"task {task.name}, {name}"
+        return split._replace(inputs=encode(split.inputs["text"], tokenizer, max_length, cut, where))
+
+    return task._replace(**{name: encoded(name) for name in base.SPLITS})
 
 
 def check_ids(task: base.Task, vocabulary: int, types: int = 0) -> None:

@@ -20,14 +20,19 @@ def row(split, text, label):
 GOOD = [row("train", "one", 0), row("train", "two", 1), row("test", "three", 1)]
 
 
-def test_encode(tokenizer_folder):
+def test_encode(tokenizer_folder, caplog):
     tokenizer = text.load_tokenizer(tokenizer_folder)
     out = text.encode(np.array(["good film", "the bad film of the"], object), tokenizer, 10)
     np.testing.assert_array_equal(out["ids"], [[2, 8, 7, 3, 0, 0, 0], [2, 4, 9, 7, 6, 4, 3]])
     np.testing.assert_array_equal(out["mask"].sum(1), [4, 7])
     assert out["ids"].dtype == np.int32 and out["mask"].dtype == bool
-    cut = text.encode(np.array(["the bad film of the"], object), tokenizer, 4)
-    np.testing.assert_array_equal(cut["ids"], [[2, 4, 9, 3]])
+    assert not caplog.text
+    task = base.task("films", "ab", (["the bad film of the", "bad"], [0, 1]), (["a film"], [0]), "text")
+    for side, kept in (("right", [2, 4, 9, 3]), ("left", [2, 6, 4, 3])):
+        cut = text.encode_task(task, tokenizer, 4, side)
+        np.testing.assert_array_equal(cut.train.inputs["ids"], [kept, [2, 9, 3, 0]])
+    ends = [f"task films, train: 1 of 2 texts are cut to 4 tokens, at their {end}" for end in ("end", "beginning")]
+    assert [record.getMessage() for record in caplog.records] == ends
 
 
 def test_tokens_that_the_model_has_not():

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from configs import finetune_clip, finetune_text
+from configs import finetune_clip, finetune_text, glue
 from experiments import experts, finetune, prepare
 from taskvec import cli, models, tree as trees
 from taskvec.data import clip_suites, suites
@@ -273,6 +273,9 @@ def test_mistakes_are_reported_before_the_work(tmp_path, clip, pictures):
         finetune_clip.get_config("tasks=mnist+stl10")
     with pytest.raises(ValueError, match="suite='clip9'; allowed: clip8"):
         finetune_clip.get_config("suite=clip9")
+    lengths = {suite: f"suite={suite}" for suite in ("glue", "glue_text_to_text")}
+    lengths = {suite: finetune_text.get_config(arg).suite.max_length for suite, arg in lengths.items()}
+    assert lengths == {"glue": 128, "glue_text_to_text": glue.get_config().suite.max_length}
     assert finetune_clip.PROTOCOLS.keys() == recipes.RECIPES.keys()
     for recipe, preprocess in (("ft_peta", "square"), ("small", "clip"), ("ft_ilharco", "clip_round")):
         assert config_of(clip, pictures, recipe=recipe).suite.preprocess == preprocess
