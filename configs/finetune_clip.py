@@ -10,9 +10,11 @@ templates (`taskvec.data.described`).
 A recipe brings its protocol (`PROTOCOLS`): class names, splits and length of training of a family of checkpoints, what
 is done to pictures, and whether CLIP's projection is trained. ``ft_ilharco``, for L/14 ``ft_ilharco_l14`` (64 rows
 twice, gradients added), trains the whole image tower on random crops: clip8 are Ilharco's experts, clip14 and clip20
-those of TALL-masks, each with its own passes over the rows; a local suite has 2,000 steps. ``ft_fusionbench`` leaves
-the projection as it is and crops nothing. ``ft_peta`` and ``small`` belong to no suite here: suite=local takes them.
-(PETA does not normalise pictures, has one prompt a class, and scores DTD on its validation images.)
+those of TALL-masks, each with its own passes over the rows; a local suite has 2,000 steps. Both leave a tenth of the
+training rows out, for validation. ``ft_fusionbench`` trains on all of them (its validation rows are some; a local suite
+has none unless ``config.suite.held_out`` says how many), leaves the projection as it is and crops nothing. ``ft_peta``
+and ``small`` belong to no suite here: suite=local takes them. (PETA does not normalise pictures, has one prompt a
+class, and scores DTD on its validation images.)
 
 Published, mean accuracy (%) of the experts on their own tasks (`configs/clip.py` has the pretrained models):
 
@@ -47,12 +49,14 @@ class Protocol(NamedTuple):
       preprocess: of a local suite's pictures; a family has its own.
       projection: whether CLIP's projection is trained.
       crops: whether it trains on random crops.
+      held_out: validation rows of a local suite that it does without; None is a tenth. A family has its own.
     """
 
     families: dict[str, str]
     preprocess: str
     projection: bool
     crops: bool
+    held_out: int | None = None
 
 
 _OPEN_CLIP = Protocol(
@@ -62,7 +66,7 @@ PROTOCOLS = {
     "ft_ilharco": _OPEN_CLIP,
     "ft_ilharco_l14": _OPEN_CLIP,
     "ft_fusionbench": Protocol(
-        dict.fromkeys(clip_suites.SUITES, "fusion_bench"), "clip", projection=False, crops=False
+        dict.fromkeys(clip_suites.SUITES, "fusion_bench"), "clip", projection=False, crops=False, held_out=0
     ),
     "ft_peta": Protocol({}, "square", projection=False, crops=False),
     "small": Protocol({}, "clip", projection=True, crops=False),
@@ -86,6 +90,7 @@ def get_config(arg=None):
     tasks = tuple(arg.tasks.split("+")) if arg.tasks else ()
     if arg.suite == "local":
         tasks = tasks or tuple(suites.available("image", arg.source))
+        whole["held_out"] = protocol.held_out
         config.suite = common.suite("image", tasks, **whole, preprocess=protocol.preprocess)
     else:
         config.suite = common.suite("image", tasks or (arg.suite,), **whole, family=_family(arg, tasks))

@@ -106,6 +106,7 @@ def subsample(
     seed: int,
     test_seed: int = 0,
     validation: tuple[float, int | None] = (0.1, 5000),
+    apart: bool = True,
 ) -> Task:
     """Draws rows without replacement: `train` and `held_out` from the training rows, `test` from the test rows.
 
@@ -114,7 +115,8 @@ def subsample(
     rows begin with one row of every class, because a head made from class means needs them.
 
     None stands for the published protocol: `test` all rows; `held_out` the task's own validation rows if it has some,
-    else `validation_rows` with the given fraction and limit, whatever the seed; `train` all training rows left.
+    else `validation_rows` with the given fraction and limit, whatever the seed; `train` all training rows left, or, if
+    these are not kept `apart`, all training rows.
 
     Raises:
       ValueError: more rows are asked than there are (test: `test` may exceed what there is, then all are used).
@@ -122,7 +124,7 @@ def subsample(
     if held_out is None:
         if not len(task.held_out.labels):
             rest, own = validation_rows(len(task.train.labels), *validation)
-            task = task._replace(train=take(task.train, rest), held_out=take(task.train, own))
+            task = task._replace(train=take(task.train, rest) if apart else task.train, held_out=take(task.train, own))
         kept = task.held_out
         drawn = subsample(task._replace(held_out=take(kept, np.arange(0))), train, 0, test, seed, test_seed)
         return drawn._replace(held_out=kept)

@@ -86,6 +86,7 @@ class Family(NamedTuple):
       dtd: which images DTD is scored on: ``test`` or ``val``.
       emnist: ``letters`` or ``digits``.
       validation: fraction of the training rows held out and their limit, see `base.validation_rows`.
+      apart: whether experts are trained without these rows; FusionBench's have seen them.
       preprocess: of `images.encode_task`.
       suites: the suites that were published.
     """
@@ -94,14 +95,15 @@ class Family(NamedTuple):
     dtd: str
     emnist: str
     validation: tuple[float, int | None]
+    apart: bool
     preprocess: str
     suites: tuple[str, ...]
 
 
 FAMILIES = {
-    "task_vectors": Family("open_clip", "test", "digits", (0.1, 5000), "clip_round", ("clip8",)),
-    "tall_masks": Family("open_clip", "val", "digits", (0.1, 5000), "clip_round", tuple(SUITES)),
-    "fusion_bench": Family("hugging_face", "test", "letters", (0.1, None), "clip", tuple(SUITES)),
+    "task_vectors": Family("open_clip", "test", "digits", (0.1, 5000), True, "clip_round", ("clip8",)),
+    "tall_masks": Family("open_clip", "val", "digits", (0.1, 5000), True, "clip_round", tuple(SUITES)),
+    "fusion_bench": Family("hugging_face", "test", "letters", (0.1, None), False, "clip", tuple(SUITES)),
 }
 
 

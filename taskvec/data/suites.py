@@ -34,7 +34,7 @@ class Spec:
       family: one of `clip_suites.FAMILIES` for the published image tasks, ``glue`` or ``glue_text_to_text``; tasks may
         then also be ``("clip8",)`` and its like, or ``("glue",)``, for all of a suite.
       train, held_out, test: rows a task; held_out are taken from the training set. None is the published protocol: all
-        rows, of which the family's validation split is held out.
+        rows, of which the family's validation split is held out (FusionBench's are training rows as well).
       max_length: tokens, text only.
       image_size: pixels, images only.
       preprocess: see `images.encode_task`; by default ``square``, with a family the family's own.
@@ -82,7 +82,7 @@ def load_suite(
     def load(name: str) -> base.Task:
         # Rows first: only what is used is tokenised or resized.
         family = clip_suites.FAMILIES.get(spec.family)
-        rule = {"validation": family.validation} if family else {}
+        rule = {"validation": family.validation, "apart": family.apart} if family else {}
         task = makers[name]()
         if spec.corruption:  # before rows are drawn: a corruption's numbers go by a row's place in the whole test set
             task = task._replace(test=_corrupted(task, spec))

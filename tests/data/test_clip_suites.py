@@ -76,7 +76,13 @@ def test_a_suite_of_a_family(tmp_path):
         **SIZES,
     }
     (task,) = suites.load_suite(spec)
-    assert [len(getattr(task, s).labels) for s in base.SPLITS] == [85, 9, 94]
+    sizes = lambda task: [len(getattr(task, s).labels) for s in base.SPLITS]
+    rows = lambda split: set(split.inputs["image"].rows.tolist())
+    assert sizes(task) == [94, 9, 94] and rows(task.held_out) < rows(task.train)  # trained on all
+    (other,) = suites.load_suite(spec | {"family": "task_vectors"})
+    assert sizes(other) == [85, 9, 94] and rows(other.held_out) == rows(task.held_out) == rows(task.train) - rows(
+        other.train
+    )
     assert task.test.inputs["image"][[0, 1]].shape == (2, 8, 8, 3)
     assert suites.protocol(spec) == (
         "image/fusion_bench-dtd:test-emnist:letters/dtd/trainall/heldpublished/testall/px8-clip"

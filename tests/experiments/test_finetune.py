@@ -280,3 +280,7 @@ def test_mistakes_are_reported_before_the_work(tmp_path, clip, pictures):
     for recipe, preprocess in (("ft_peta", "square"), ("small", "clip"), ("ft_ilharco", "clip_round")):
         assert config_of(clip, pictures, recipe=recipe).suite.preprocess == preprocess
     assert config_of(clip, pictures, recipe="ft_peta", train="lt_sft").trainable.exclude == "norm|^projection/"
+    for recipe, rows in (("ft_ilharco", (54, 6)), ("ft_fusionbench", (60, 0))):  # of 60
+        config = config_of(clip, pictures, recipe=recipe, runlocal=False)
+        (task, _) = suites.load_suite(config.suite)
+        assert (len(task.train.labels), len(task.held_out.labels)) == rows
