@@ -17,7 +17,8 @@ FOLDER is laid out as their authors have it, TASK being MNIST, Cars, ...: task_v
 ``ViT-B-32/TASKVal/nonlinear_finetuned.pt``. Safetensors under these names will do. Converted, they stand in the cache.
 Heads come from OpenAI's text tower: FOLDER also holds ``clip-vit-base-patch32``, with its tokenizer.
 
-Settings are FusionBench's: TIES sums what agrees, AdaMerging has 1000 steps and no clamp. The papers' own stand in
+Settings are FusionBench's: TIES sums what agrees, AdaMerging has 1000 steps and no clamp. Surgery is the paper's, not
+centred; FusionBench's, on features of unit norm, is a setting of the row, ``normalise``. The papers' own stand in
 `configs/adaptive`, as do the numbers of other adaptive methods.
 
 Published, mean accuracy (%), protocol fusion_bench (docs/modelpool/clip_vit.md, magmax.md and examples/*/results; scale
@@ -137,6 +138,8 @@ def get_config(arg=None):
     config.settings.ties.update(common.FUSION_BENCH_TIES)
     for label in ("adamerging_taskwise", "adamerging"):
         config.settings[label].update({"constraint": "identity", "steps": 1000, "entropy_eps": 1e-8})
+    for label in ("surgery", "surgery_inductive"):
+        config.settings[label].center = False
     config.methods = (
         "pretrained", "weight_average", "task_arithmetic", "ties", "tsv_m", "iso_c", "iso_cts", "adamerging_taskwise",
         "adamerging", "surgery", "individual",

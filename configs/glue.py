@@ -76,7 +76,7 @@ def get_config(arg=None):
     config.suite = common.suite("text", tasks, source=arg.source, family=family, max_length=length, **rows)
     config.settings.task_arithmetic = {"scale": scales[0]}
     config.settings.ties = {"scale": scales[1], **common.FUSION_BENCH_TIES}
-    config.settings.surgery.on = "task_arithmetic"
+    config.settings.surgery.update({"on": "task_arithmetic", "center": False})
     config.methods = ("pretrained", "weight_average", "task_arithmetic", "ties", "tsv_m", "individual")
     config.claims = (("pretrained", "weight_average"), ("weight_average", "best static"), ("best static", "individual"))
     if not writes:
