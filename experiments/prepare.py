@@ -156,7 +156,7 @@ def from_class_means(bench: Bench) -> tuple[list[np.ndarray], float]:
         )
         for t, task in enumerate(bench.tasks)
     ]
-    return kernels, 20.0
+    return kernels, scoring.SCALES["class_means"]
 
 
 def from_prompts(bench: Bench) -> tuple[list[np.ndarray], float]:

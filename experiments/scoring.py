@@ -1,6 +1,7 @@
 """How the rows of a benchmark are scored, by ``config.heads``: fixed heads, heads trained with experts, answers."""
 
 import pathlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,16 @@ from taskvec.training.heads import Heads
 
 # Methods that are no data-free merges and work without fixed heads.
 ALLOWED = {"answers": ("pretrained", "individual"), "trained": ("pretrained", "individual", "surgery")}
+# The scale of fixed heads where a config sets none; CLIP's own with prompts.
+SCALES = {"prompts": None, "class_means": 20.0}
+# How checkpoints are called, on the hub or in a folder, that were published for a family of suites.
+PUBLISHED = {
+    "task_vectors": r"\w+/finetuned\.\w+",
+    "tall_masks": r"\w+Val/nonlinear_finetuned\.\w+",
+    "fusion_bench": r"clip-vit-\w+-patch\d+_[\w-]+",
+    "glue_text_to_text": r"flan-t5-\w+_glue-\w+(_lora-16)?",
+    "glue": r"(gpt2_\w+|roberta-base_lr1e-05)",
+}
 
 
 def check(config: Any, name: str) -> None:
@@ -27,8 +38,26 @@ def check(config: Any, name: str) -> None:
 
 
 def protocol(config: Any) -> str:
-    """The suite's tag (`suites.protocol`), and how rows are scored where that is not by fixed heads."""
-    return suites.protocol(config.suite) + (f"/{config.heads}" if config.heads in ALLOWED else "")
+    """The suite's tag (`suites.protocol`), the heads, and where the experts come from.
+
+    Heads are ``config.heads``, with a scale or text model that the config sets: ``prompts-x20-NAME``. Experts are
+    ``own`` (all trained by the config), ``published`` (all called as those of the suite's family) or ``given``.
+    """
+    heads = config.heads
+    if heads in SCALES and config.head_scale not in (None, SCALES[heads]):
+        heads += f"-x{config.head_scale:g}"
+    if heads.startswith("prompts") and config.text_model:
+        heads += f"-{pathlib.PurePath(config.text_model).name}"
+    return f"{suites.protocol(config.suite)}/{heads}/{_experts(config)}"
+
+
+def _experts(config: Any) -> str:
+    spec = suites.parse(config.suite)
+    places = [config.checkpoints.get(task, "") for task in spec.tasks]
+    called = PUBLISHED.get(spec.family)
+    if called and all(re.search(f"(^|/){called}/?$", place) for place in places):
+        return "published"
+    return "given" if any(places) else "own"
 
 
 def make(bench: Any, heads: Heads | None, place: Callable[[str], pathlib.Path]) -> scorers.Scorer:

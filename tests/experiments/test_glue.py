@@ -87,7 +87,8 @@ def test_flan_t5_writes_answers(pairs_of_sentences):
     # MRPC's label 1 is "yes", RTE's is "no"; STS-B's answer is no number and the same everywhere.
     assert found["individual"].accuracy == {"mrpc": 10 / 16, "rte": 10 / 16, "stsb": 0.0}
     assert found["pretrained"].accuracy == {"mrpc": 0.0, "rte": 0.0, "stsb": 0.0}
-    assert found["individual"].protocol.endswith("/answers") and "glue_text_to_text" in found["individual"].protocol
+    protocol = found["individual"].protocol
+    assert protocol.endswith("/answers/published") and "glue_text_to_text" in protocol
     successors(recorded, at / "flan-t5-base_glue-rte", {start: 5}, size=3e38)
     config.suite.tasks = ("rte",)
     with pytest.raises(ValueError, match=r"weight_average, seed 0, task rte: no score\. .*16 of 16 rows is NaN"):
@@ -145,7 +146,7 @@ def test_heads_of_experts(pairs_of_sentences, name, monkeypatch):
     arg = f"model={name},source={at / 'data'},tasks=mrpc+rte,length=16,runlocal"
     found = run(glue.get_config(arg if first == 0 else f"checkpoints={at},{arg}"), at / "results")
     assert found["individual"].accuracy == {"mrpc": 10 / 16, "rte": 6 / 16}
-    assert found["individual"].protocol.endswith("/trained")
+    assert found["individual"].protocol.endswith("/trained/published")
     copied = glue.get_config(f"model={name},checkpoints={at},tasks=mrpc")
     assert (copied.model, copied.checkpoints.mrpc) == (
         (f"{at}/roberta-base", f"{at}/mrpc/roberta-base_lr1e-05") if first == 0 else (f"{at}/gpt2", f"{at}/gpt2_mrpc")

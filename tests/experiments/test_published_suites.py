@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from configs import clip, finetune_clip
-from experiments import benchmark, experts, finetune, output, prepare
+from configs import clip, finetune_clip, glue, quickstart
+from experiments import benchmark, experts, finetune, output, prepare, scoring
 from taskvec import models
 from taskvec.data import clip_suites, suites
 from taskvec.evaluation import rows as rows_lib
@@ -69,6 +69,34 @@ def test_fine_tuning_resolves(arch, suite, recipe, tmp_path):
         np.testing.assert_allclose(found.schedule()(found.warmup_steps), 1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("module", "arg", "change", "tag"),
+    [
+        (clip, "", {}, "prompts/published"),
+        (clip, "suite=clip20,checkpoints=HERE", {"head_scale": 20.0}, "prompts-x20/published"),
+        (clip, "family=tall_masks", {}, "prompts-clip-vit-base-patch32/published"),
+        (clip, "family=task_vectors,checkpoints=HERE", {"heads": "class_means"}, "class_means/published"),
+        (clip, "", {"heads": "class_means", "head_scale": 20.0}, "class_means/published"),
+        (clip, "", {"checkpoints.mnist": "results/experts/seed0/mnist"}, "prompts/given"),
+        (clip, "", {"checkpoints": {}}, "prompts/own"),
+        (glue, "", {}, "answers/published"),
+        (glue, "model=flan_t5_large", {}, "answers/published"),
+        (glue, "model=roberta_base,checkpoints=HERE", {}, "trained/published"),
+        (glue, "model=gpt2", {"checkpoints.cola": "mine"}, "trained/given"),
+        (quickstart, "", {}, "class_means/own"),
+        (quickstart, "", {"head_scale": 50.0}, "class_means-x50/own"),
+    ],
+)
+def test_results_under_other_heads_or_of_other_experts_have_another_tag(module, arg, change, tag):
+    config = module.get_config(arg)
+    with config.unlocked():
+        for name, value in change.items():
+            of, _, key = name.rpartition(".")
+            (config[of] if of else config)[key] = value
+    suite, *found = scoring.protocol(config).rsplit("/", 2)
+    assert found == tag.split("/") and suite == suites.protocol(config.suite)
+
+
 def test_twenty_tasks_with_corrupted_pictures(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "EXPERTS", tmp_path / "experts")
     few = functools.partial(heads.zero_shot, batch_size=10)  # one shape for nearly all tasks
@@ -84,5 +112,5 @@ def test_twenty_tasks_with_corrupted_pictures(tmp_path, monkeypatch):
     assert [row.label for row in found] == list(config.methods)
     for row in found:
         assert row.accuracy.keys() == set(clip_suites.SUITES["clip20"])
-        assert row.protocol.endswith("px20-clip/motion_blur:5:32") and "fusion_bench" in row.protocol
+        assert row.protocol.endswith("px20-clip/motion_blur:5:32/prompts/published") and "fusion_bench" in row.protocol
         assert row.suite == "clip_l14_clip20_motion_blur_5_32"
