@@ -24,6 +24,7 @@ from taskvec.adaptive.parametrisation import LowRank
 from taskvec.adaptive.registry import adaptive_method
 from taskvec.adaptive.rows import Rows, cyclic
 from taskvec.merging.registry import Card
+from taskvec.transforms.base import check_choice
 from taskvec.transforms.lapack import one_lapack_thread
 from taskvec.tree import Tree
 
@@ -165,8 +166,7 @@ def adarank(
     """
     problem.check(rows)
     problem.check_dense("adarank")
-    if base not in BASES:
-        raise ValueError(f"unknown base {base!r}; allowed: {', '.join(BASES)}")
+    check_choice("base", base, BASES)
     if base == "average" and problem.linear:
         raise ValueError("a model linearised at its pretrained weights has no other base; take base='pretrained'")
     init, kept = (default if given is None else given for given, default in zip((init, kept), BASES[base], strict=True))

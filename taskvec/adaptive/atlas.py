@@ -24,6 +24,7 @@ from taskvec.adaptive.learn import Learned, Outputs, Problem, learn
 from taskvec.adaptive.registry import adaptive_method
 from taskvec.adaptive.rows import Rows
 from taskvec.merging.registry import Card
+from taskvec.transforms.base import check_choice
 
 # Epochs and learning rate by task to forget, which the authors tuned on the validation sets of ViT-B/32.
 NEGATION = {
@@ -102,8 +103,7 @@ def atlas(
     """
     problem.check(rows)
     parts.check_labels(rows, "atlas")
-    if keep not in ("last", "best"):
-        raise ValueError(f"keep={keep!r}; allowed: last, best")
+    check_choice("keep", keep, ("last", "best"))
     parametrisation = parts.free_coefficients(problem, mode, partitions, partitioned, seed)
     batches, length = rows_lib.zipped(rows, per_task, seed)
     pick = lambda found: found

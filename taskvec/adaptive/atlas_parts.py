@@ -15,6 +15,7 @@ from taskvec.adaptive.learn import Kind, Learner, Objective, Outputs, Problem, m
 from taskvec.adaptive.optimisers import cosine
 from taskvec.adaptive.parametrisation import Parametrisation
 from taskvec.adaptive.rows import Rows
+from taskvec.transforms.base import check_choice
 from taskvec.tree import Tree
 
 TITLE = "Knowledge Composition using Task Vectors with Learned Anisotropic Scaling"
@@ -41,8 +42,7 @@ def free_coefficients(
         (it drops convolutions and vectors without a word), and tensors of equal shape share their parts.
       seed: of the parts.
     """
-    if partitioned not in ("all", "matrices"):
-        raise ValueError(f"partitioned={partitioned!r}; allowed: all, matrices")
+    check_choice("partitioned", partitioned, ("all", "matrices"))
     groups = trees.groups(problem.theta0, mode)
     as_released = partitioned == "matrices"
     made = coefficients(groups, problem.num_tasks, 0.0, "identity", partitions, seed, shared_parts=as_released)

@@ -10,6 +10,7 @@ import optax
 
 from taskvec import tree as trees
 from taskvec.adaptive.parametrisation import Parametrisation, tensor_numbers, weighted_sum
+from taskvec.transforms.base import check_choice
 from taskvec.transforms.by_name import part_of, part_root
 from taskvec.tree import Tree
 
@@ -38,8 +39,7 @@ CONSTRAINTS: dict[str, Callable[[Array], Array]] = {
 
 def effective(lam: Array, constraint: str) -> Array:
     """The coefficients that multiply task vectors: the constraint applied to learnables ``[G, T]``."""
-    if constraint not in CONSTRAINTS:
-        raise ValueError(f"unknown constraint {constraint!r}; allowed: {', '.join(CONSTRAINTS)}")
+    check_choice("constraint", constraint, CONSTRAINTS)
     return CONSTRAINTS[constraint](lam)
 
 

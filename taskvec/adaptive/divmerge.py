@@ -17,6 +17,7 @@ from taskvec.adaptive.registry import adaptive_method
 from taskvec.adaptive.rows import Rows, together
 from taskvec.adaptive.teachers import with_targets
 from taskvec.merging.registry import Card
+from taskvec.transforms.base import check_choice
 
 DIVERGENCES = {"js": objectives.jensen_shannon, "kl": objectives.kl}
 
@@ -68,8 +69,7 @@ def divmerge(
       FitDiverged: see `fit.fit`.
     """
     problem.check(rows)
-    if divergence not in DIVERGENCES:
-        raise ValueError(f"unknown divergence {divergence!r}; allowed: {', '.join(DIVERGENCES)}")
+    check_choice("divergence", divergence, DIVERGENCES)
     by_group = coefficients(trees.groups(problem.theta0, mode), problem.num_tasks, init, constraint)
     rows = with_targets(problem, rows, loop=loop)
     return learn(

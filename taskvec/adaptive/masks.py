@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from taskvec import tree as trees
 from taskvec.adaptive.parametrisation import LowRank, Parametrisation, tensor_numbers
-from taskvec.transforms.base import mixed
+from taskvec.transforms.base import check_choice, mixed
 from taskvec.tree import Tree
 
 Array = jax.Array
@@ -37,8 +37,7 @@ def concrete(
     Raises:
       ValueError: unknown `mask`; ``sample`` without a key.
     """
-    if mask not in MASKS:
-        raise ValueError(f"unknown mask {mask!r}; allowed: {', '.join(MASKS)}")
+    check_choice("mask", mask, MASKS)
     draw = _draws(mask, temperature)
 
     def logits(path: str, x: Any) -> Array:

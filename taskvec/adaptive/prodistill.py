@@ -28,6 +28,7 @@ from taskvec.adaptive.parametrisation import Parametrisation, weighted_sum
 from taskvec.adaptive.registry import adaptive_method
 from taskvec.adaptive.rows import Batch, Rows
 from taskvec.merging.registry import Card
+from taskvec.transforms.base import check_choice
 from taskvec.tree import Tree
 
 Array = jax.Array
@@ -36,8 +37,7 @@ MODES = ("element", "tensor", "task")
 
 def parametrised(block: Tree, num_tasks: int, mode: str, init: float) -> Parametrisation:
     """The coefficients of one block, in its per-layer layout."""
-    if mode not in MODES:
-        raise ValueError(f"unknown mode {mode!r}; allowed: {', '.join(MODES)}")
+    check_choice("mode", mode, MODES)
     if mode == "element":
         return elementwise(block, num_tasks, init)
     return coefficients(trees.groups(block, mode), num_tasks, init, "identity")

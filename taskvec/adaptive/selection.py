@@ -23,6 +23,7 @@ from taskvec.adaptive.fit import Loop
 from taskvec.adaptive.learn import Kind, Problem, make_loss
 from taskvec.adaptive.rows import Rows
 from taskvec.adaptive.teachers import features_of
+from taskvec.transforms.base import check_choice
 from taskvec.tree import Tree
 
 SELECTIONS = ("gradient", "feature", "random")
@@ -147,8 +148,7 @@ def choose_within(
     Raises:
       ValueError: an unknown selection, a budget not in 1..T, or features of other than T tasks.
     """
-    if by not in SELECTIONS:
-        raise ValueError(f"unknown selection {by!r}; allowed: {', '.join(SELECTIONS)}")
+    check_choice("selection", by, SELECTIONS)
     shape = (len(trees.groups(problem.theta0, "tensor").names), problem.num_tasks)
     if by == "feature":
         if pool is None or len(pool) != problem.num_tasks:

@@ -25,6 +25,7 @@ from taskvec.adaptive.registry import adaptive_method
 from taskvec.adaptive.rows import Rows, together, views
 from taskvec.merging.registry import Card
 from taskvec.training.heads import Heads
+from taskvec.transforms.base import check_choice
 from taskvec.tree import Tree
 
 
@@ -102,8 +103,7 @@ def self_positioning(
     Raises:
       ValueError: rows hold no pairs, or the constraint is unknown.
     """
-    if constraint not in ("softmax", "simplex", "identity"):
-        raise ValueError(f"constraint={constraint!r}; allowed: softmax, simplex, identity")
+    check_choice("constraint", constraint, ("softmax", "simplex", "identity"))
     parts.check_whole(loop, "self_positioning")
     num_tasks, pairs = problem.num_tasks, views(rows._replace(labels=None, targets=None))
     groups = trees.groups(problem.theta0, "task")

@@ -101,8 +101,8 @@ def symerge(
       FitDiverged: see `fit.fit`.
     """
     problem.check(rows)
-    check_choice("objective", objective, tuple(OBJECTIVES))
-    check_choice("schedule", schedule, tuple(SCHEDULES))
+    check_choice("objective", objective, OBJECTIVES)
+    check_choice("schedule", schedule, SCHEDULES)
     if objective == "confident":
         loop.refuse("symerge with objective='confident'", pieces="the mean is over the rows that a batch keeps")
     by_group = coefficients(trees.groups(problem.theta0, mode), problem.num_tasks, init, constraint)

@@ -12,15 +12,14 @@ from taskvec.transforms import (
     sum_tasks,
     trim,
 )
+from taskvec.transforms.base import check_choice
 
 AGGREGATES = {"mean": disjoint_mean, "sum": sum_tasks, "max": disjoint_max}
 
 
 def aggregate_by(name: str) -> Transform:
     """The reduction named `name`; the allowed names are those of `AGGREGATES`."""
-    if name not in AGGREGATES:
-        raise ValueError(f"unknown aggregate {name!r}; allowed: {', '.join(AGGREGATES)}")
-    return AGGREGATES[name]()
+    return AGGREGATES[check_choice("aggregate", name, AGGREGATES)]()
 
 
 @method(

@@ -17,7 +17,7 @@ Nothing here knows whether the tensors stand in memory, are sharded over a mesh 
 import dataclasses
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -182,8 +182,8 @@ def check_fraction(name: str, value: float) -> float:
     return value
 
 
-def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
+def check_choice(name: str, value: Any, allowed: Collection) -> Any:
     """Returns `value` if it is one of `allowed`; raises `ValueError` otherwise."""
     if value not in allowed:
-        raise ValueError(f"unknown {name} {value!r}; allowed: {', '.join(allowed)}")
+        raise ValueError(f"unknown {name} {value!r}; allowed: {', '.join(map(str, allowed))}")
     return value

@@ -154,8 +154,7 @@ def model_stock(axis: str | int = "tensor", clip: bool = False, guards: str = "n
 def _by_gram(name: str, coefficients: Callable, space: str, axis: str | int) -> Transform:
     """``sum_t c_t v_t``, v weights or vectors, ``c = coefficients(gram, stats)``, a number or a row each."""
     check_choice("space", space, SPACES)
-    if axis not in AXES:
-        raise ValueError(f"unknown axis {axis!r}; allowed: {', '.join(map(str, AXES))}")
+    check_choice("axis", axis, AXES)
 
     # By itself: compiled once for all tensors, whatever their sizes.
     compiled = jax.jit(coefficients)
