@@ -120,9 +120,13 @@ def to_names(table: Table, tree: Tree) -> dict[str, np.ndarray]:
     Raises:
       ValueError: leaves that no rule or several rules cover; lists them.
     """
-    back = Table(tuple(Rule(rule.path, rule.name, rule.op) for rule in table.rules))
     flat = trees.flatten(trees.unstack_layers(jax.tree.map(np.asarray, tree)))
-    return {place.path: to_file_array(flat[path], place.op) for path, place in places(back, flat).items()}
+    return {place.path: to_file_array(flat[path], place.op) for path, place in places(inverse(table), flat).items()}
+
+
+def inverse(table: Table) -> Table:
+    """The rules read from paths to names, without what a table says of names alone; for `places`."""
+    return Table(tuple(Rule(rule.path, rule.name, rule.op) for rule in table.rules))
 
 
 def to_tree_array(array: Any, op: str) -> Any:

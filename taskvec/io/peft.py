@@ -36,8 +36,7 @@ def save_adapter(
     """
     folder, flat = pathlib.Path(folder), trees.flatten(trees.unstack_layers(_on_host(factors)))
     kernels = sorted({path.rpartition("/")[0] for path in flat})
-    back = names.Table(tuple(names.Rule(rule.path, rule.name, rule.op) for rule in table.rules))
-    places = names.places(back, kernels)
+    places = names.places(names.inverse(table), kernels)
     modules = {path: places[path].path.removesuffix(".weight") for path in kernels}
     odd = [p for p in kernels if flat[f"{p}/a"].ndim != 2 or not places[p].path.endswith(".weight")]
     if odd or not kernels:
