@@ -7,11 +7,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from taskvec import tree as trees
 from taskvec.commands.request import Request
 from taskvec.io.folders import Model
 from taskvec.io.lora import ADAPTER_WEIGHTS
-from taskvec.merging.stream_plan import Streaming
+from taskvec.merging.stream_plan import Streaming, nbytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,16 +98,6 @@ class Zeros:
         length, *rest = spec.shape or (1,)
         count = len(range(*(rows or slice(None)).indices(length)))
         return np.zeros((count, *rest) if spec.shape else (), spec.dtype)
-
-
-def nbytes(spec: Any) -> int:
-    """Size of a tensor."""
-    return int(np.prod(spec.shape, dtype=np.int64)) * spec.dtype.itemsize
-
-
-def written(spec: Any, dtype: np.dtype | None) -> jax.ShapeDtypeStruct:
-    """How a tensor is written: floating-point numbers in `dtype`, if it is given."""
-    return jax.ShapeDtypeStruct(spec.shape, dtype if dtype is not None and trees.is_float(spec) else spec.dtype)
 
 
 def notes(models: Mapping[str, Model]) -> list[str]:

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from taskvec.commands import coefficients
-from taskvec.commands.job import Job, Part, Zeros, notes, written
+from taskvec.commands.job import Job, Part, Zeros, notes
 from taskvec.commands.request import Request
 from taskvec.io.align import align
 from taskvec.io.folders import Model, open_model
 from taskvec.merging import registry
-from taskvec.merging.stream_plan import plan_streamed
+from taskvec.merging.stream_plan import output_specs, plan_streamed
 from taskvec.messages import some
 from taskvec.transforms import LeafPolicy
 
@@ -60,7 +60,7 @@ def prepare(request: Request, pinned: Mapping[str, str] | None = None) -> Job:
     options = {"policy": policy, "extras": extras, "memory": request.memory, "dtype": dtype, "task": task}
     options |= request.settings
     streaming = plan_streamed(method, pretrained, views, **options)
-    specs = {name: written(spec, dtype) for name, spec in aligned.views[0].specs.items()}
+    specs = output_specs(aligned.views[0].specs, dtype)
     specs |= {alias: specs[source] for alias, source in aligned.copies.items()}
     specs |= {name: opened[0].specs[name] for name in aligned.kept}
     return Job(

@@ -7,11 +7,11 @@ import numpy as np
 import yaml
 
 from taskvec import recipes
-from taskvec.commands.job import Job, Part, notes, written
+from taskvec.commands.job import Job, Part, notes
 from taskvec.commands.request import Request
 from taskvec.io.align import align
 from taskvec.io.folders import open_model
-from taskvec.merging.stream_plan import plan_streamed
+from taskvec.merging.stream_plan import output_specs, plan_streamed
 
 
 def prepare(request: Request, pinned: Mapping[str, str]) -> Job:
@@ -39,7 +39,7 @@ def prepare(request: Request, pinned: Mapping[str, str]) -> Job:
         streaming = plan_streamed(group.method, group.pretrained, group.finetuned, **options)
         parts.append(Part(group.method, group.pretrained, group.finetuned, options, streaming))
         start = group.pretrained or group.finetuned[0]
-        specs |= {name: written(spec, dtype) for name, spec in start.specs.items()}
+        specs |= output_specs(start.specs, dtype)
     first = models[recipe.reference]
     copies = dict(aligned.copies) if aligned else {}
     specs |= {alias: specs[source] for alias, source in copies.items()}

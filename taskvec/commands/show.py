@@ -11,9 +11,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from taskvec import tree as trees
-from taskvec.commands.job import Job, nbytes
+from taskvec.commands.job import Job
 from taskvec.io import progress
 from taskvec.merging import merge
+from taskvec.merging.stream_plan import nbytes
 from taskvec.transforms import chain, sum_tasks
 
 # Transforms that make of every entry a weighted sum with the same weights throughout a tensor, and reductions of them.
