@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import yaml
 
 from taskvec import recipes
 from taskvec.commands.job import Job, Part, notes
@@ -12,17 +11,12 @@ from taskvec.commands.request import Request
 from taskvec.io.align import align
 from taskvec.io.folders import open_model
 from taskvec.merging.stream_plan import output_specs, plan_streamed
+from taskvec.recipes import grammar
 
 
 def prepare(request: Request, pinned: Mapping[str, str]) -> Job:
     """As `taskvec.commands.prepare.prepare`, for a recipe."""
-    try:
-        given = yaml.safe_load(request.recipe)
-    except yaml.YAMLError as error:
-        raise ValueError(f"the recipe is no YAML document: {error}") from error
-    if not isinstance(given, Mapping):
-        raise ValueError(f"a recipe is a mapping with merge_method, models or slices, ...; got {given!r:.60}")
-    recipe = recipes.parse(given)
+    recipe = recipes.parse(grammar.mapping(request.recipe))
     refs = list(dict.fromkeys([recipe.reference, *recipe.models]))
     models = {ref: open_model(pinned.get(ref, ref)) for ref in refs}
     readers: Mapping[str, Any] = models

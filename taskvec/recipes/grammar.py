@@ -55,12 +55,17 @@ class Parsed(NamedTuple):
 
 def read(path: str | pathlib.Path) -> Mapping:
     """The YAML mapping of a file; raises `ValueError` if there is none."""
+    return mapping(pathlib.Path(path).read_text(encoding="utf-8"), str(path))
+
+
+def mapping(text: str, where: str = "the recipe") -> Mapping:
+    """The YAML mapping of a text; raises `ValueError` if there is none."""
     try:
-        given = yaml.safe_load(pathlib.Path(path).read_text(encoding="utf-8"))
+        given = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no single YAML document: {error}") from error
+        raise ValueError(f"{where} is no single YAML document: {error}") from error
     if not isinstance(given, Mapping):
-        raise ValueError(f"{path}: a recipe is a mapping with merge_method, models or slices, ...; got {given!r:.60}")
+        raise ValueError(f"{where}: a recipe is a mapping with merge_method, models or slices, ...; got {given!r:.60}")
     return given
 
 
