@@ -12,9 +12,9 @@ import jax
 import numpy as np
 
 from taskvec.transforms import Chain
-from taskvec.transforms.base import Leaf, Measure, ModelInfo
+from taskvec.transforms.base import Leaf
 from taskvec.transforms.plan import Plan, Tensor, make_leaf
-from taskvec.transforms.programs import applied, measured
+from taskvec.transforms.programs import programs
 
 Extras = Mapping[str, Sequence[Any]]  # name -> a reader for each task
 
@@ -121,30 +121,6 @@ class Workspace:
         return most
 
     def programs(self, path: str) -> Iterator[tuple[Callable, tuple]]:
-        """(program, arguments) of all that `transforms.run` will call for a tensor; the same, so they compile once."""
-        host = jax.default_backend() == "cpu"
-        stacked, leaf = self.plan.tensors[path].stacked, self.leaf(path)
-        stages = tuple(s._replace(constants=(0.0,) * len(s.constants)) for s in self.transform.stages)
-        shared = tuple(dict(enumerate(stage.constants)) for stage in self.transform.stages)
-        own: tuple = tuple({} for _ in stages)
-        check = True  # in the first pass
-        for at, stage in enumerate(stages):
-            for round_, measure in enumerate(stage.measures):
-                if measure.scope != "model":
-                    continue
-                upto = at + 1
-                arguments = (stages[:upto], round_, shared[:upto], own[:upto], leaf, stacked, check)
-                if not (host and measure.host):
-                    yield measured, arguments
-                elif at:
-                    yield applied, (stages[:at], shared[:at], own[:at], leaf, stacked, check, False, None, None)
-                part, _ = measured.eval_shape(*arguments)
-                position = len(stage.constants) + round_
-                known = tuple(shared[at].get(i) for i in range(position))
-                shared[at][position] = _finished(measure, self.plan.info, part, known)
-                check = False
-        yield applied, (stages, shared, own, leaf, stacked, check, True, self.dtype, self.task)
-
-
-def _finished(measure: Measure, info: ModelInfo, part: Any, known: tuple) -> Any:
-    return jax.eval_shape(lambda part, known: measure.finish(part, info, known), part, known)
+        """`transforms.programs.programs` of a tensor."""
+        host, stacked = jax.default_backend() == "cpu", self.plan.tensors[path].stacked
+        return programs(self.transform, self.plan.info, self.leaf(path), stacked, host, self.dtype, self.task)

@@ -1,25 +1,60 @@
 """What is compiled: one leaf, or block of rows, through the stages of a chain.
 
 `measured` gives its part of a measure, `applied` what the whole chain makes of it. Both are compiled once for all
-leaves of the same shape; what a tensor must know of itself is measured inside them unless it is given.
+leaves of the same shape; what a tensor must know of itself is measured inside them unless it is given. `programs` says
+from shapes which of them a run will call.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from taskvec.transforms.base import Array, Leaf, ModelInfo, Transform
+from taskvec.transforms.base import Array, Chain, Leaf, ModelInfo, Transform, chain
 from taskvec.transforms.reduce import UNROLL
 from taskvec.transforms.stored import Stored
 from taskvec.transforms.unroll import Tasks, stacked as stack_tasks, unrolled
 
 # What has been measured, `shared` by all tensors or a tensor's `own`: of every stage ``{position: value}``.
 Stats = tuple[dict[int, Any], ...]
+
+
+class Passes:
+    """The passes of a chain over a model, and what they have found.
+
+    Attributes:
+      stages: of the chain, without the values of its constants: programs are compiled for these.
+      shared: those values, and the measures of the whole model that are finished.
+    """
+
+    def __init__(self, transform: Transform | Chain, info: ModelInfo):
+        given = chain(transform).stages
+        self.stages = tuple(stage._replace(constants=(0.0,) * len(stage.constants)) for stage in given)
+        self.shared: Stats = tuple(dict(enumerate(stage.constants)) for stage in given)
+        self.info = info
+
+    def rounds(self) -> Iterator[tuple[int, int]]:
+        """(stage, measure) of the measures that need the whole model, in order."""
+        for at, stage in enumerate(self.stages):
+            yield from ((at, i) for i, measure in enumerate(stage.measures) if measure.scope == "model")
+
+    def finish_round(self, at: int, round_: int, total: Any, shapes: bool = False) -> None:
+        """Finishes a measure of the whole model; it sees the earlier ones of the whole model (others are ``None``).
+
+        With `shapes` all these are shapes and dtypes.
+        """
+        found = tuple(self.shared[at].get(i) for i in range(self.position(at, round_)))
+        finish = lambda total, found: self.stages[at].measures[round_].finish(total, self.info, found)
+        done = jax.eval_shape(finish, total, found) if shapes else finish(total, found)
+        self.shared[at][self.position(at, round_)] = done
+
+    def position(self, at: int, round_: int) -> int:
+        """Of a measure in the statistics of its stage."""
+        return len(self.stages[at].constants) + round_
 
 
 def _on_vectors(fn: Callable[[Leaf], Any], leaf: Leaf) -> Any:
@@ -131,3 +166,32 @@ def applied(stages: tuple, shared: Stats, own: Stats, leaf: Leaf, stacked: bool,
 
     x, probe = _over_layers(one, stages, stacked)(leaf, own)
     return x, probe.sum()
+
+
+def programs(
+    transform: Transform | Chain, info: ModelInfo, leaf: Leaf, stacked: bool, host: bool, dtype: Any, task: int | None
+) -> Iterator[tuple[Callable, tuple]]:
+    """(program, arguments) of what `run.run` calls for a leaf in one piece, in order; to lower or trace them.
+
+    Args:
+      transform, dtype, task: of the run.
+      info: the whole model.
+      leaf: shapes and dtypes in place of arrays.
+      stacked: whether it is a stack of layers.
+      host: whether NumPy takes the measures that it can take.
+    """
+    passes = Passes(transform, info)
+    stages, shared = passes.stages, passes.shared
+    own: Stats = tuple({} for _ in stages)
+    check = True  # in the first pass
+    for at, round_ in passes.rounds():
+        upto = at + 1
+        arguments = (stages[:upto], round_, shared[:upto], own[:upto], leaf, stacked, check)
+        if not (host and stages[at].measures[round_].host):
+            yield measured, arguments
+        elif at:
+            yield applied, (stages[:at], shared[:at], own[:at], leaf, stacked, check, False, None, None)
+        part, _ = measured.eval_shape(*arguments)
+        passes.finish_round(at, round_, part, shapes=True)
+        check = False
+    yield applied, (stages, shared, own, leaf, stacked, check, True, dtype, task)

@@ -24,7 +24,7 @@ from taskvec.transforms.base import Chain, Leaf, Measure, Transform, chain
 from taskvec.transforms.lapack import one_lapack_thread
 from taskvec.transforms.order import Difference
 from taskvec.transforms.plan import LeafPolicy, Plan, Tensor, make_leaf, make_plan
-from taskvec.transforms.programs import Stats, applied, measured, of_tensor
+from taskvec.transforms.programs import Passes, Stats, applied, measured, of_tensor
 from taskvec.transforms.stored import Stored, decoded
 from taskvec.tree import Tree
 
@@ -53,15 +53,12 @@ def where(arrays: Iterable[Any]) -> Where:
     return Where(host, min(4, os.cpu_count() or 1) if host else 1, check=True)
 
 
-class _Run:
+class _Run(Passes):
     """One run of a chain: what is compiled, what is measured so far, and where leaves come from."""
 
     def __init__(self, transform: Transform | Chain, plan: Plan, leaf_of: Callable, rows_of: Callable, where: Where):
-        given = [stage.constants for stage in chain(transform).stages]
-        # Programs are compiled for the chain without the values of its constants.
-        self.stages = tuple(s._replace(constants=(0.0,) * len(s.constants)) for s in chain(transform).stages)
-        self.shared: Stats = tuple(dict(enumerate(constants)) for constants in given)
-        self.own: dict[str, Stats] = {path: tuple({} for _ in given) for path in plan.tensors}
+        super().__init__(transform, plan.info)
+        self.own: dict[str, Stats] = {path: tuple({} for _ in self.stages) for path in plan.tensors}
         self.plan, self.rows_of, self.where = plan, rows_of, where
         self._leaf_of, self._last = leaf_of, threading.local()
 
@@ -89,20 +86,6 @@ class _Run:
                     found, _ = self.part_on_host(path, rows, at, round_, False)
                     of_block[at][position] = jax.device_put(found)
         return tuple({**own, **more} for own, more in zip(self.own[path], of_block, strict=False))
-
-    def rounds(self) -> Iterator[tuple[int, int]]:
-        """(stage, measure) of the measures that need the whole model, in order."""
-        for at, stage in enumerate(self.stages):
-            yield from ((at, i) for i, measure in enumerate(stage.measures) if measure.scope == "model")
-
-    def finish_round(self, at: int, round_: int, total: Any) -> None:
-        """Finishes a measure of the whole model; it sees the earlier ones of the whole model (others are ``None``)."""
-        found = tuple(self.shared[at].get(i) for i in range(self.position(at, round_)))
-        measure = self.stages[at].measures[round_]
-        self.shared[at][self.position(at, round_)] = measure.finish(total, self.plan.info, found)
-
-    def position(self, at: int, round_: int) -> int:
-        return len(self.stages[at].constants) + round_
 
     def by_host(self, measure: Measure) -> bool:
         return self.where.host and measure.host is not None

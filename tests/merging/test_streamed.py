@@ -1,9 +1,13 @@
 """What a streamed merge says before it reads a tensor: memory, and extras that do not fit."""
 
+import re
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import taskvec as tv
 from taskvec import tree as trees
 from taskvec.merging import merge_streamed, plan_streamed
 from taskvec.transforms.base import Measure, Transform
@@ -40,6 +44,18 @@ def test_memory_of_a_whole_matrix_counts_measures_of_the_model():
     )
     base, *experts = models(3, {W: (2, 128)})
     assert plan_streamed(small, base, experts).peak_bytes >= 4 * 2 * 2 * 128 * 128  # two matrices a task
+
+
+def test_what_is_compiled_to_plan_is_what_runs(caplog):
+    """The chain has a measure that is compiled, one that NumPy takes of what comes before it, and whole matrices."""
+    base, *experts = models(3, {W: (6, 5)})
+    chained = tv.chain(tv.norm_weighting(-1.0), tv.trim(0.5), tv.flatten_spectrum())
+    compiled = lambda: sum(bool(re.match(r"Compiling jit\((applied|measured)", r.message)) for r in caplog.records)
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        plan_streamed(chained, base, experts)
+        assert compiled() == 3
+        merge_streamed(chained, base, experts, lambda name, x, rows: None)
+    assert compiled() == 3
 
 
 def test_memory_counts_what_readers_hold():
