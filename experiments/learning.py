@@ -232,9 +232,13 @@ def _partners(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return out
 
 
-def check(name: str, settings: dict[str, Any], suite: Any) -> None:
-    """Raises `ValueError` for what an adaptive method cannot do on a benchmark of this suite."""
-    tasks, card = suite.tasks, registry.get(name).card
+def check(label: str, name: str, settings: dict[str, Any], suite: Any) -> None:
+    """Raises `ValueError` for what an adaptive method cannot do, or not on a benchmark of this suite."""
+    tasks, card, known = suite.tasks, registry.get(name).card, registry.get(name).defaults
+    try:
+        registry.get(name).check(**{key: value for key, value in settings.items() if key in known})
+    except ValueError as error:
+        raise ValueError(f"config.settings.{label}: {error}") from None
     if settings.get("augment") and suite.kind != "image":
         raise ValueError(f"{name}: augment is for images; texts have no crops, leave it False (one view of every row)")
     if name == "atlas_few_shot" and settings.get("budget") is not None and settings["budget"] >= len(tasks):

@@ -46,7 +46,7 @@ def check(config: Any, workdir: pathlib.Path) -> None:
             scoring.check(config, name)
             _check_kind(label, name, settings)
             if name in adaptive_registry.methods():
-                learning.check(name, settings, config.suite)
+                learning.check(label, name, settings, config.suite)
             below = {settings["on"]} if name in STANDING else set()
             missing = (below | {"individual"} if name == "surgery" else below) - set(config.methods)
             if missing:

@@ -14,7 +14,7 @@ Everything that speaks of a "tensor" or a "layer" means the per-layer tensor, in
 import functools
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -124,6 +124,7 @@ class Groups(NamedTuple):
 
 
 GROUP_MODES = ("global", "task", "block", "module", "tensor")
+GroupMode = Literal[GROUP_MODES]
 
 
 def groups(tree: Tree, mode: str) -> Groups:

@@ -6,13 +6,15 @@ with H the Shannon entropy, f the encoder with weights theta, h_t the frozen hea
 test set (transductive, as published) or of held-out data (inductive).
 """
 
+from typing import Literal
+
 import jax
 import numpy as np
 import optax
 
 from taskvec import transforms, tree as trees
 from taskvec.adaptive import objectives
-from taskvec.adaptive.coefficients import coefficients
+from taskvec.adaptive.coefficients import Constraint, coefficients
 from taskvec.adaptive.fit import Loop
 from taskvec.adaptive.learn import Learned, Problem, learn
 from taskvec.adaptive.registry import adaptive_method
@@ -47,9 +49,9 @@ def adamerging(
     problem: Problem,
     rows: Rows,
     *,
-    mode: str = "tensor",
-    plus_plus: bool | str = False,
-    constraint: str = "clip",
+    mode: trees.GroupMode = "tensor",
+    plus_plus: bool | Literal["released"] = False,
+    constraint: Constraint = "clip",
     init: float | np.ndarray = 0.3,
     steps: int = 500,
     learning_rate: float = 1e-3,
@@ -76,7 +78,7 @@ def adamerging(
       loop: see `fit.Loop`.
 
     Raises:
-      ValueError: numbers of tasks do not fit; unknown `plus_plus`.
+      ValueError: numbers of tasks do not fit.
       FitDiverged: see `fit.fit`.
     """
     problem.check(rows)

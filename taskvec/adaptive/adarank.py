@@ -8,6 +8,7 @@ average of the experts, from which task vectors are then counted.
 """
 
 import re
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ import optax
 
 from taskvec import tree as trees
 from taskvec.adaptive import objectives
-from taskvec.adaptive.coefficients import coefficients
+from taskvec.adaptive.coefficients import Constraint, coefficients
 from taskvec.adaptive.fit import Loop
 from taskvec.adaptive.learn import Learned, Problem, learn
 from taskvec.adaptive.masks import rank_masks
@@ -24,7 +25,6 @@ from taskvec.adaptive.parametrisation import LowRank
 from taskvec.adaptive.registry import adaptive_method
 from taskvec.adaptive.rows import Rows, cyclic
 from taskvec.merging.registry import Card
-from taskvec.transforms.base import check_choice
 from taskvec.transforms.lapack import one_lapack_thread
 from taskvec.tree import Tree
 
@@ -125,11 +125,11 @@ def adarank(
     problem: Problem,
     rows: Rows,
     *,
-    base: str = "pretrained",
+    base: Literal[tuple(BASES)] = "pretrained",
     init: float | np.ndarray | None = None,
     kept: float | None = None,
-    mode: str = "tensor",
-    constraint: str = "identity",
+    mode: trees.GroupMode = "tensor",
+    constraint: Constraint = "identity",
     matrices: str = "att|mlp",
     temperature: float = 10.0,
     steps: int = 10000,
@@ -166,7 +166,6 @@ def adarank(
     """
     problem.check(rows)
     problem.check_dense("adarank")
-    check_choice("base", base, BASES)
     if base == "average" and problem.linear:
         raise ValueError("a model linearised at its pretrained weights has no other base; take base='pretrained'")
     init, kept = (default if given is None else given for given, default in zip((init, kept), BASES[base], strict=True))

@@ -13,10 +13,13 @@ before they are unscaled by 2^16, so that nearly all are cut. ``gradient_norm=2*
 end (they matter beside Adam's 1e-8), ``None`` takes gradients as they are.
 """
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from taskvec import tree as trees
 from taskvec.adaptive import atlas_parts as parts, rows as rows_lib
 from taskvec.adaptive.fit import Loop
 from taskvec.adaptive.keep import accuracy, keep_best, normalised
@@ -24,7 +27,6 @@ from taskvec.adaptive.learn import Learned, Outputs, Problem, learn
 from taskvec.adaptive.registry import adaptive_method
 from taskvec.adaptive.rows import Rows
 from taskvec.merging.registry import Card
-from taskvec.transforms.base import check_choice
 
 # Epochs and learning rate by task to forget, which the authors tuned on the validation sets of ViT-B/32.
 NEGATION = {
@@ -64,9 +66,9 @@ def atlas(
     problem: Problem,
     rows: Rows,
     *,
-    mode: str = "tensor",
+    mode: trees.GroupMode = "tensor",
     partitions: int = 1,
-    partitioned: str = "all",
+    partitioned: parts.Partitioned = "all",
     epochs: int = 20,
     learning_rate: float = 1e-3,
     weight_decay: float = 0.1,
@@ -74,7 +76,7 @@ def atlas(
     regularise: int | None = None,
     per_task: int = 16,
     accumulate: int = 1,
-    keep: str = "last",
+    keep: Literal["last", "best"] = "last",
     validation: Rows | None = None,
     seed: int = 0,
     loop: Loop = Loop(),
@@ -103,7 +105,6 @@ def atlas(
     """
     problem.check(rows)
     parts.check_labels(rows, "atlas")
-    check_choice("keep", keep, ("last", "best"))
     parametrisation = parts.free_coefficients(problem, mode, partitions, partitioned, seed)
     batches, length = rows_lib.zipped(rows, per_task, seed)
     pick = lambda found: found
@@ -144,7 +145,7 @@ def atlas_negation(
     problem: Problem,
     rows: Rows,
     *,
-    mode: str = "tensor",
+    mode: trees.GroupMode = "tensor",
     epochs: int = 20,
     learning_rate: float = 5e-3,
     weight_decay: float = 0.1,

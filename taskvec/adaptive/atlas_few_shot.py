@@ -4,9 +4,11 @@ See `atlas` for the method, `selection` for a budget of task vectors, and `atlas
 """
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 
+from taskvec import tree as trees
 from taskvec.adaptive import atlas_parts as parts, rows as rows_lib, selection
 from taskvec.adaptive.fit import Loop
 from taskvec.adaptive.keep import accuracy, keep_best
@@ -64,19 +66,19 @@ def atlas_few_shot(
     shots: int | None = None,
     share: float = 1.0,
     budget: int | None = None,
-    select: str = "gradient",
+    select: Literal[selection.SELECTIONS] = "gradient",
     blockwise: bool = True,
     pool: Sequence[np.ndarray] | None = None,
-    mode: str = "tensor",
+    mode: trees.GroupMode = "tensor",
     partitions: int = 1,
-    partitioned: str = "all",
+    partitioned: parts.Partitioned = "all",
     epochs: int = 10,
     learning_rate: float = 0.1,
     weight_decay: float = 0.1,
     gradient_norm: float | None = 1.0,
     batch_size: int = 128,
     least_batches: int = 10,
-    keep: str = "last",
+    keep: Literal["last", "best"] = "last",
     validation: Rows | None = None,
     seed: int = 0,
     loop: Loop = Loop(),
@@ -110,8 +112,8 @@ def atlas_few_shot(
     parts.check_labels(rows, "atlas_few_shot")
     if (problem.heads.kernel.shape[0], len(rows.counts)) != (1, 1):
         raise ValueError("atlas_few_shot takes one head and one set of rows, those of the target task")
-    if keep not in ("last", "best") or (keep == "best" and validation is None):
-        raise ValueError(f"keep={keep!r}; allowed: last, best (which needs validation rows)")
+    if keep == "best" and validation is None:
+        raise ValueError("keep='best' needs validation rows; or keep='last'")
     if not 0 < share <= 1 or (share < 1 and shots is not None):
         raise ValueError(f"share={share} with shots={shots}: a share is in (0, 1], and 1 where shots are given")
     rows = few_of(rows, share, seed) if shots is None else few_shots(rows, shots, seed)

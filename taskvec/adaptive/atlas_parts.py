@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,8 @@ from taskvec.transforms.base import check_choice
 from taskvec.tree import Tree
 
 TITLE = "Knowledge Composition using Task Vectors with Learned Anisotropic Scaling"
+PARTITIONED = ("all", "matrices")
+Partitioned = Literal[PARTITIONED]
 
 
 def optimiser(
@@ -42,7 +45,7 @@ def free_coefficients(
         (it drops convolutions and vectors without a word), and tensors of equal shape share their parts.
       seed: of the parts.
     """
-    check_choice("partitioned", partitioned, ("all", "matrices"))
+    check_choice("partitioned", partitioned, PARTITIONED)
     groups = trees.groups(problem.theta0, mode)
     as_released = partitioned == "matrices"
     made = coefficients(groups, problem.num_tasks, 0.0, "identity", partitions, seed, shared_parts=as_released)

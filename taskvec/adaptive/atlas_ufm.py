@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from taskvec import tree as trees
 from taskvec.adaptive import atlas_parts as parts, objectives, rows as rows_lib
 from taskvec.adaptive.fit import Loop
 from taskvec.adaptive.keep import logits_of
@@ -115,9 +116,9 @@ def atlas_ufm(
     per_class: int | None = None,
     threshold: float = 0.99,
     all_trusted: bool = False,
-    mode: str = "tensor",
+    mode: trees.GroupMode = "tensor",
     partitions: int = 1,
-    partitioned: str = "all",
+    partitioned: parts.Partitioned = "all",
     epochs: int = 10,
     learning_rate: float = 1e-3,
     weight_decay: float = 0.1,

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,9 @@ CONSTRAINTS: dict[str, Callable[[Array], Array]] = {
     "simplex": lambda lam: lam,  # kept there by a projection after every step
     "clip_wide": lambda lam: clip01(lam, -0.5, 2.0),
 }
+
+
+Constraint = Literal[tuple(CONSTRAINTS)]
 
 
 def effective(lam: Array, constraint: str) -> Array:

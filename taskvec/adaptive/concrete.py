@@ -9,6 +9,7 @@ moves a at the lam found, without differentiating through the first move; a seco
 
 import functools
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +18,10 @@ import optax
 
 from taskvec import tree as trees
 from taskvec.adaptive import objectives
-from taskvec.adaptive.coefficients import coefficients
+from taskvec.adaptive.coefficients import Constraint, coefficients
 from taskvec.adaptive.fit import Gradient, Loop, LossFn
 from taskvec.adaptive.learn import Learned, Outputs, Problem, learn, make_loss
-from taskvec.adaptive.masks import concrete
+from taskvec.adaptive.masks import MASKS, concrete
 from taskvec.adaptive.parametrisation import fixed
 from taskvec.adaptive.registry import adaptive_method
 from taskvec.adaptive.rows import Batch, Rows, cyclic
@@ -58,7 +59,7 @@ def concrete_task_arithmetic(
     scale: float = 0.3,
     temperature: float = 0.5,
     mask_init: float = 0.0,
-    eval_mask: str = "sample",
+    eval_mask: Literal[MASKS] = "sample",
     steps: int = 2000,
     learning_rate: float = 1e-3,
     per_task: int = 16,
@@ -114,15 +115,15 @@ def concrete_adamerging(
     problem: Problem,
     rows: Rows,
     *,
-    mode: str = "tensor",
-    constraint: str = "clip",
+    mode: trees.GroupMode = "tensor",
+    constraint: Constraint = "clip",
     init: float | np.ndarray = 0.3,
     temperature: float = 0.5,
     mask_init: float = 0.0,
     fresh_mask: bool = True,
     stale_gradient: bool = False,
     keep_moments: bool = True,
-    eval_mask: str = "sample",
+    eval_mask: Literal[MASKS] = "sample",
     steps: int = 2000,
     learning_rate: float = 1e-3,
     inner_learning_rate: float = 1.0,

@@ -5,19 +5,20 @@
 with JS the Jensen-Shannon divergence, at most log 2, so that no task can outweigh the others by far.
 """
 
+from typing import Literal
+
 import numpy as np
 import optax
 
 from taskvec import tree as trees
 from taskvec.adaptive import objectives
-from taskvec.adaptive.coefficients import coefficients
+from taskvec.adaptive.coefficients import Constraint, coefficients
 from taskvec.adaptive.fit import Loop
 from taskvec.adaptive.learn import Learned, Problem, learn
 from taskvec.adaptive.registry import adaptive_method
 from taskvec.adaptive.rows import Rows, together
 from taskvec.adaptive.teachers import with_targets
 from taskvec.merging.registry import Card
-from taskvec.transforms.base import check_choice
 
 DIVERGENCES = {"js": objectives.jensen_shannon, "kl": objectives.kl}
 
@@ -38,9 +39,9 @@ def divmerge(
     problem: Problem,
     rows: Rows,
     *,
-    divergence: str = "js",
-    mode: str = "tensor",
-    constraint: str = "identity",
+    divergence: Literal[tuple(DIVERGENCES)] = "js",
+    mode: trees.GroupMode = "tensor",
+    constraint: Constraint = "identity",
     init: float | np.ndarray = 0.3,
     steps: int = 500,
     learning_rate: float = 1e-3,
@@ -69,7 +70,6 @@ def divmerge(
       FitDiverged: see `fit.fit`.
     """
     problem.check(rows)
-    check_choice("divergence", divergence, DIVERGENCES)
     by_group = coefficients(trees.groups(problem.theta0, mode), problem.num_tasks, init, constraint)
     rows = with_targets(problem, rows, loop=loop)
     return learn(

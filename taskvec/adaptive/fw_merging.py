@@ -16,6 +16,7 @@ the pool.
 
 import functools
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -31,23 +32,18 @@ from taskvec.adaptive.learn import Learned, Outputs, Problem, make_loss
 from taskvec.adaptive.registry import adaptive_method
 from taskvec.adaptive.rows import Rows, together
 from taskvec.merging.registry import Card
-from taskvec.transforms.base import check_choice
 from taskvec.tree import Tree
 
 Array = jax.Array
-MERGES = ("task_arithmetic", "ties", "dare_ties")
 
 
-def _check(problem: Problem, rows: Rows, granularity: str, point: str, measure: str, loop: Loop) -> None:
+def _check(problem: Problem, rows: Rows, loop: Loop) -> None:
     problem.check_not_linear("Frank-Wolfe merging")
     problem.check_dense("Frank-Wolfe merging")
     if rows.labels is None:
         raise ValueError("Frank-Wolfe merging chooses by the gradient of cross-entropy: its rows need labels")
     if len(rows.counts) != (tasks := problem.heads.kernel.shape[0]):
         raise ValueError(f"rows of {len(rows.counts)} tasks but heads of {tasks}")
-    check_choice("granularity", granularity, GRANULARITIES)
-    check_choice("point", point, POINTS)
-    check_choice("measure", measure, MEASURES)
     why = "it goes round by round"
     loop.refuse("Frank-Wolfe merging", evaluate=why, pieces=why)
 
@@ -79,14 +75,14 @@ def fw_hard(
     rows: Rows,
     *,
     rounds: int = 10,
-    merge: str = "task_arithmetic",
+    merge: Literal["task_arithmetic", "ties", "dare_ties"] = "task_arithmetic",
     density: float = 0.3,
     scale: float = 0.3,
     step_size: float = 0.1,
     start: float = 0.3,
-    granularity: str = "model",
-    point: str = "weights",
-    measure: str = "cosine",
+    granularity: Literal[GRANULARITIES] = "model",
+    point: Literal[POINTS] = "weights",
+    measure: Literal[MEASURES] = "cosine",
     shots: int = 100,
     batch_size: int = 20,
     seed: int = 0,
@@ -120,8 +116,7 @@ def fw_hard(
       ValueError: rows without labels; numbers of tasks do not fit; unknown choice; a loop with what is not heeded.
       FitDiverged: a loss or score is not finite; its step is the round.
     """
-    _check(problem, rows, granularity, point, measure, loop)
-    check_choice("merge", merge, MERGES)
+    _check(problem, rows, loop)
     loop.refuse("fw_hard", place="its batches are not placed")
     ask = functools.partial(asked, problem, rows, shots, batch_size, seed, point, measure, 1, loop)
     num_tasks = problem.num_tasks
@@ -188,12 +183,12 @@ def fw_soft(
     *,
     adapt: Rows | None = None,
     rounds: int = 10,
-    granularity: str = "model",
-    point: str = "weights",
-    measure: str = "cosine",
+    granularity: Literal[GRANULARITIES] = "model",
+    point: Literal[POINTS] = "weights",
+    measure: Literal[MEASURES] = "cosine",
     shots: int = 100,
     batch_size: int = 20,
-    objective: str = "entropy",
+    objective: Literal["entropy", "cross_entropy"] = "entropy",
     steps: int = 500,
     init: float = 0.3,
     later_init: float = 1e-8,
@@ -230,8 +225,7 @@ def fw_soft(
       ValueError: as `fw_hard`.
       FitDiverged: see `fit.fit`.
     """
-    _check(problem, rows, granularity, point, measure, loop)
-    check_choice("objective", objective, ("entropy", "cross_entropy"))
+    _check(problem, rows, loop)
     ask = functools.partial(asked, problem, rows, shots, batch_size, seed, point, measure, steps, Loop())
     seen = rows if objective == "cross_entropy" or adapt is None else adapt
     batch_of = together(seen if objective == "cross_entropy" else seen._replace(labels=None), per_task, seed)

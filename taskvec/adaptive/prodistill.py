@@ -12,7 +12,7 @@ task vectors, coefficients and optimiser states of one block are at work.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -149,7 +149,7 @@ def prodistill(
     problem: Problem,
     rows: Rows,
     *,
-    mode: str = "element",
+    mode: Literal[MODES] = "element",
     init: float = 0.3,
     outside: float = 0.3,
     shots: int = 64,

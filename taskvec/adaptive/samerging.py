@@ -6,6 +6,7 @@ with predictions softened by a temperature; the inner maximum is SAM's (arXiv 20
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ import optax
 
 from taskvec import tree as trees
 from taskvec.adaptive import objectives
-from taskvec.adaptive.coefficients import coefficients
+from taskvec.adaptive.coefficients import Constraint, coefficients
 from taskvec.adaptive.fit import Loop
 from taskvec.adaptive.learn import Learned, Outputs, Problem, learn
 from taskvec.adaptive.optimisers import sharpness_aware
@@ -21,7 +22,6 @@ from taskvec.adaptive.registry import adaptive_method
 from taskvec.adaptive.rows import Rows, cyclic
 from taskvec.adaptive.teachers import with_targets
 from taskvec.merging.registry import Card
-from taskvec.transforms.base import check_choice
 
 OBJECTIVES = ("kl", "jsd", "cross_entropy", "entropy")
 
@@ -56,12 +56,12 @@ def samerging(
     problem: Problem,
     rows: Rows,
     *,
-    objective: str = "kl",
+    objective: Literal[tuple(OBJECTIVES)] = "kl",
     temperature: float = 2.0,
     rho: float = 0.07,
     adaptive: bool = False,
-    mode: str = "tensor",
-    constraint: str = "identity",
+    mode: trees.GroupMode = "tensor",
+    constraint: Constraint = "identity",
     init: float | np.ndarray = 0.0,
     steps: int = 1000,
     learning_rate: float = 1e-3,
@@ -93,7 +93,6 @@ def samerging(
       ValueError: unknown objective; numbers of tasks do not fit.
       FitDiverged: see `fit.fit`.
     """
-    check_choice("objective", objective, OBJECTIVES)
     problem.check(rows)
     by_group = coefficients(trees.groups(problem.theta0, mode), problem.num_tasks, init, constraint)
     rows = with_targets(problem, rows, loop=loop)

@@ -10,6 +10,8 @@ The abstract says a search "within the interpolation space of task vectors using
 paper keeps weights there, its rates, steps and temperature were not seen: softmax, and the defaults, are ours.
 """
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +27,6 @@ from taskvec.adaptive.registry import adaptive_method
 from taskvec.adaptive.rows import Rows, together, views
 from taskvec.merging.registry import Card
 from taskvec.training.heads import Heads
-from taskvec.transforms.base import check_choice
 from taskvec.tree import Tree
 
 
@@ -72,7 +73,7 @@ def self_positioning(
     problem: Problem,
     rows: Rows,
     *,
-    constraint: str = "softmax",
+    constraint: Literal["softmax", "simplex", "identity"] = "softmax",
     scale: float = 1.0,
     train_scale: bool = True,
     temperature: float = 0.05,
@@ -103,7 +104,6 @@ def self_positioning(
     Raises:
       ValueError: rows hold no pairs, or the constraint is unknown.
     """
-    check_choice("constraint", constraint, ("softmax", "simplex", "identity"))
     parts.check_whole(loop, "self_positioning")
     num_tasks, pairs = problem.num_tasks, views(rows._replace(labels=None, targets=None))
     groups = trees.groups(problem.theta0, "task")

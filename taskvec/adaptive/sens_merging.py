@@ -10,6 +10,8 @@ Its second factor grows where a model's logits *differ* from those of the other 
 summary speaks of alignment. ``cross_task=None`` leaves that factor out (rho = 1). Do not quote results as the paper's.
 """
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -92,8 +94,8 @@ def sens_merging(
     problem: Problem,
     rows: Rows,
     *,
-    mode: str = "block",
-    cross_task: str | None = "distance",
+    mode: trees.GroupMode = "block",
+    cross_task: Literal["distance"] | None = "distance",
     temperature: float = 1.0,
     seed: int = 0,
     loop: Loop = Loop(),
@@ -117,8 +119,6 @@ def sens_merging(
     problem.check_not_linear("sens_merging")
     loop.refuse("sens_merging", **dict.fromkeys(("checkpoint", "evaluate", "place", "pieces"), "it takes no steps"))
     parts.check_labels(rows, "sens_merging")
-    if cross_task not in ("distance", None):
-        raise ValueError(f"cross_task={cross_task!r}; allowed: distance, None")
     groups = trees.groups(problem.theta0, mode)
     s_TxG = sensitivities(problem, rows, groups, loop)
     alpha_TxG = s_TxG / np.maximum(np.linalg.norm(s_TxG, axis=1, keepdims=True), 1e-30)

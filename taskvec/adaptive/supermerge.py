@@ -58,7 +58,7 @@ def supermerge(
     problem: Problem,
     rows: Rows,
     *,
-    mode: str = "tensor",
+    mode: trees.GroupMode = "tensor",
     groups: Sequence[Any] | None = None,
     init: float = 0.3,
     steps: int = 500,

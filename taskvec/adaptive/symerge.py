@@ -6,13 +6,15 @@ y_t is the class that task t's own expert gives under the frozen head. Most of t
 69.1 to 79.6 on task arithmetic that stays as it is (8 tasks, ViT-B/32).
 """
 
+from typing import Literal
+
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 from taskvec import tree as trees
 from taskvec.adaptive import objectives
-from taskvec.adaptive.coefficients import coefficients
+from taskvec.adaptive.coefficients import Constraint, coefficients
 from taskvec.adaptive.fit import Loop
 from taskvec.adaptive.learn import Learned, Problem, learn, trainable
 from taskvec.adaptive.optimisers import by_task
@@ -20,7 +22,6 @@ from taskvec.adaptive.registry import adaptive_method
 from taskvec.adaptive.rows import Rows, in_turn, together
 from taskvec.adaptive.teachers import with_targets
 from taskvec.merging.registry import Card
-from taskvec.transforms.base import check_choice
 
 SCHEDULES = {"in_turn": in_turn, "together": together}
 # What to ask of a batch; the experts' features come with the rows.
@@ -55,10 +56,10 @@ def symerge(
     problem: Problem,
     rows: Rows,
     *,
-    objective: str = "confident",
-    schedule: str = "in_turn",
-    mode: str = "tensor",
-    constraint: str = "clip",
+    objective: Literal[tuple(OBJECTIVES)] = "confident",
+    schedule: Literal[tuple(SCHEDULES)] = "in_turn",
+    mode: trees.GroupMode = "tensor",
+    constraint: Constraint = "clip",
     init: float | np.ndarray = 0.3,
     rounds: int = 500,
     learning_rate: float = 1e-2,
@@ -101,8 +102,6 @@ def symerge(
       FitDiverged: see `fit.fit`.
     """
     problem.check(rows)
-    check_choice("objective", objective, OBJECTIVES)
-    check_choice("schedule", schedule, SCHEDULES)
     if objective == "confident":
         loop.refuse("symerge with objective='confident'", pieces="the mean is over the rows that a batch keeps")
     by_group = coefficients(trees.groups(problem.theta0, mode), problem.num_tasks, init, constraint)

@@ -112,7 +112,7 @@ def test_tasks_must_match():
         adamerging(problem(theta0, tau, kernels[:2]), rows)
     with pytest.raises(ValueError, match="3 task vectors but rows of 2 tasks"):
         adamerging(problem(theta0, tau, kernels), rows.only([0, 1]), steps=1, per_task=4)
-    with pytest.raises(ValueError, match="allowed: False, True, 'released'"):
+    with pytest.raises(ValueError, match="unknown plus_plus 'yes'; allowed: True, False, released"):
         adamerging(problem(theta0, tau, kernels), rows, plus_plus="yes")
     with pytest.raises(ValueError, match=r"no setting 'step' .did you mean 'steps'"):
         adamerging(problem(theta0, tau, kernels), rows, step=1)

@@ -5,6 +5,7 @@ same seed gives the same bits; eight devices give what one gives; unknown settin
 """
 
 import functools
+import typing
 
 import jax
 import numpy as np
@@ -68,6 +69,14 @@ def test_card(name):
     assert method.run.__doc__ and "Args:" in method.run.__doc__ and "Raises:" in method.run.__doc__
     with pytest.raises(ValueError, match="has no setting 'lambada'"):
         method(None, None, lambada=0.3)
+    method.check(**method.defaults)
+    for key, kind in typing.get_type_hints(method.run).items():
+        if key in method.defaults and kind in (bool, int, float):
+            with pytest.raises(ValueError, match=f"{name}: unknown {key} .*; allowed: "):
+                method(None, None, **{key: "much"})
+    if "mode" in method.defaults:
+        with pytest.raises(ValueError, match="unknown mode 'tensr'; allowed: "):
+            method(None, None, mode="tensr")
 
 
 @functools.cache

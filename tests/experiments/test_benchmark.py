@@ -113,6 +113,9 @@ def test_mistakes_are_reported_before_the_work(tmp_path):
     settings.adamerging.data = "unlabeled test"
     refused(ValueError, "allowed: unlabelled test, unlabelled train", settings=settings)
     settings = text4.get_config().settings
+    settings.adamerging.mode = "tensr"
+    refused(ValueError, "settings.adamerging: adamerging: unknown mode 'tensr'; allowed: global, ", settings=settings)
+    settings = text4.get_config().settings
     settings.surgery = {"data": "unlabelled test", "on": "ties", "stpes": 3}
     refused(ValueError, "unknown settings .'stpes'", settings=settings)
     suite = {**text4.get_config("runlocal").suite, "held_out": 0}
