@@ -158,7 +158,9 @@ def kth_magnitudes_of(ranks: Sequence[Rank], scope: str) -> tuple[Measure, Measu
             unseen = xp.zeros(_HIGH, counts.dtype) if not info.unseen else xp.eye(1, _HIGH, dtype=counts.dtype)[0]
             total = counts[task] + unseen * xp.asarray(info.unseen, counts.dtype)
             found.append([_locate(total, xp.asarray(rank, counts.dtype)) for rank in wanted(info, task)])
-        return tuple(xp.stack([xp.stack([pair[i] for pair in row]) for row in found]) for i in range(2))
+        uppers, rests = (xp.stack([xp.stack([pair[i] for pair in row]) for row in found]) for i in range(2))
+        # Of NumPy as of XLA, so that the same programs take them.
+        return uppers.astype(xp.int32), rests.astype(xp.uint32) if info.size < 1 << 32 else rests
 
     def lower_of_leaf(x: Array, leaf: Leaf, stats: tuple) -> Array:
         return jax.vmap(lambda x_n, uppers: jnp.stack([lower_counts(x_n, u) for u in uppers]))(
