@@ -64,6 +64,7 @@ class Expert(NamedTuple):
 def make_tuner(config: Any, model: models.Model) -> Tuner:
     """The tuner of a config; raises `ValueError` for settings that do not fit each other or the model."""
     recipe, what = Recipe(**config.finetune), make_trainable(config.trainable, model)
+    check_length(config, model)
     if config.heads not in HEADS:
         raise ValueError(f"config.heads={config.heads!r}; allowed: {', '.join(HEADS)}")
     options = {key: value for key, value in config.compute.items() if value}
@@ -90,6 +91,24 @@ def make_tuner(config: Any, model: models.Model) -> Tuner:
         return finetune_lib.make_finetune(trained, settled, trainable=what, objective=objective)
 
     return Tuner(apply_fn, recipe, what, make, config)
+
+
+def check_length(config: Any, model: models.Model) -> None:
+    """Raises `ValueError` if the widest batch of the suite's texts is too wide for the model: it is tried on shapes."""
+    if config.suite.kind != "text" or not hasattr(model.config, "vocab_size"):
+        return
+    shape = (1, batches.round_up(config.suite.max_length))
+    batch = {"ids": jax.ShapeDtypeStruct(shape, jnp.int32), "mask": jax.ShapeDtypeStruct(shape, bool)}
+    writes = config.heads == "answers" and model.steps is not None
+    run = (lambda *inputs: model.steps.start(*inputs, config.max_new_tokens)) if writes else model.apply
+    try:
+        jax.eval_shape(run, model.abstract, batch)
+    except ValueError as error:
+        more = f" and answers of {config.max_new_tokens}" if writes else ""
+        raise ValueError(
+            f"config.suite.max_length={config.suite.max_length}, in batches of {shape[1]} tokens{more}: {error}. Set "
+            "it to a multiple of 16 that is small enough"
+        ) from error
 
 
 def make_trainable(settings: Mapping[str, Any], model: models.Model) -> Trainable:

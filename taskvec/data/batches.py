@@ -125,7 +125,7 @@ def take(split: Split, rows: np.ndarray) -> Batch:
 def join(parts: Sequence[Batch], length_multiple: int = 16) -> Batch:
     """One batch of several, in their order; token rows are padded to one length."""
     width = max((x["mask"].shape[1] for x in parts if "mask" in x), default=0)
-    padded = [_pad(x, _round_up(width, length_multiple)) for x in parts]
+    padded = [_pad(x, round_up(width, length_multiple)) for x in parts]
     return {key: np.concatenate([x[key] for x in padded]) for key in padded[0]}
 
 
@@ -161,11 +161,12 @@ def _pad(inputs: Batch, width: int) -> Batch:
 
 def _collate(split: Split, rows: np.ndarray, length_multiple: int, width=None, draw=(0, 0)) -> Batch:
     inputs = _rows(split, rows, width, draw)
-    width = _round_up(inputs["mask"].shape[1], length_multiple) if "mask" in inputs else 0
+    width = round_up(inputs["mask"].shape[1], length_multiple) if "mask" in inputs else 0
     return _pad(inputs, width) | {"label": split.labels[rows]}
 
 
-def _round_up(length: int, multiple: int) -> int:
+def round_up(length: int, multiple: int = 16) -> int:
+    """The width of a batch whose longest text has `length` tokens."""
     return -(-length // multiple) * multiple
 
 

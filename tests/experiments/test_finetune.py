@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from configs import finetune_clip, finetune_text, glue
+from configs import finetune_clip, finetune_text, glue, llama_pair
 from experiments import experts, finetune, prepare
 from taskvec import cli, models, tree as trees
 from taskvec.data import clip_suites, suites
@@ -198,6 +198,14 @@ def test_text_models(tmp_path):
     config = finetune_text.get_config(f"model={model},suite=local,source={tmp_path},length=16,train=attention,runlocal")
     assert config.suite.tasks == ("left", "right")
     finetune.check(config, tmp_path / "out")
+    config.suite.max_length = 17
+    with pytest.raises(ValueError, match=r"max_length=17, in batches of 32 tokens: .* the model has 18 positions\."):
+        finetune.check(config, tmp_path / "out")
+    gpt2, config = models.describe(RECORDED / "gpt2_tiny"), llama_pair.get_config("length=30,answer=8")
+    experts.check_length(config, gpt2)
+    config.max_new_tokens = 9
+    with pytest.raises(ValueError, match="in batches of 32 tokens and answers of 9: texts of 41 tokens"):
+        experts.make_tuner(config, gpt2)
 
     (tmp_path / "glue" / "rte").mkdir(parents=True)
     for split, n in (("train", 60), ("validation", 20)):
