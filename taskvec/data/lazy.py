@@ -103,16 +103,29 @@ def _pool(threads: int, process: int) -> concurrent.futures.ThreadPoolExecutor:
 def open_image(blob: Any, where: Callable[[int], str], row: int) -> Image.Image:
     """The RGB picture of one row.
 
+    Pixels stay as they are stored, as in torchvision and OpenCLIP, with which the published models were trained: a
+    JPEG's orientation tag is not followed (Hugging Face's datasets follow it since March 2024, huggingface/datasets
+    6739). Greys of 16 bits count by their high byte, as Pillow reads colours of 16 bits.
+
     Raises:
-      BrokenImage: names the file and row.
+      BrokenImage: names the file and row; also of pixels whose range is not known (32 bits, floats).
     """
     if isinstance(blob, np.ndarray):
         return Image.fromarray(blob).convert("RGB")
     try:
         with Image.open(io.BytesIO(blob) if isinstance(blob, bytes) else blob) as picture:
-            return picture.convert("RGB")
+            return _eight_bits(picture).convert("RGB")
     except (OSError, SyntaxError, ValueError, TypeError, AttributeError, Image.DecompressionBombError) as error:
         raise BrokenImage(f"{where(row)}: not a readable image ({error}); replace or remove it") from error
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """Greys of 16 bits as such of 8, where ``convert`` would clip all above 255 to white."""
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM")):
+        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if picture.mode in ("I", "F"):
+        raise ValueError(f"its pixels are of mode {picture.mode}, whose range is not known: save it with 8 or 16 bits")
+    return picture
 
 
 def of_array(images: np.ndarray, name: str) -> Images:

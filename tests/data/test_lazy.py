@@ -1,9 +1,11 @@
 """Images that decode when asked for: pure in the row, whatever the threads and processes; batches over them."""
 
+import io
 import threading
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from taskvec.data import base, batches, lazy, preprocessing
 from tests.data.pictures_for_tests import picture, png
@@ -66,6 +68,26 @@ def test_batches_of_processes_make_up_the_batch():
         batches.training_batches(rows, 4, 20, seed=3, process_count=3)
     with pytest.raises(ValueError, match="process_index=2"):
         batches.training_batches(rows, 4, 20, seed=3, process_index=2, process_count=2)
+
+
+def encoded(image, kind, **more):
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, kind, **more)
+    return file.getvalue()
+
+
+def test_pictures_of_other_depths_and_orientations():
+    grey = np.arange(0, 65536, 256, dtype=np.uint16).reshape(16, 16)
+    opened = lambda blob: np.asarray(lazy.open_image(blob, lambda row: f"file {row}", 3))
+    wanted = np.repeat(np.arange(256).reshape(16, 16, 1), 3, axis=2)
+    for blob in (encoded(grey, "PNG"), encoded(grey + 255, "TIFF"), b"P5 16 16 65535\n" + grey.astype(">u2").tobytes()):
+        np.testing.assert_array_equal(opened(blob), wanted)
+    for odd in (grey.astype(np.int32), grey / np.float32(65535)):
+        with pytest.raises(lazy.BrokenImage, match=r"file 3: .* whose range is not known"):
+            opened(encoded(odd, "TIFF"))
+    turned = Image.Exif()
+    turned[274] = 6
+    assert opened(encoded(wanted[:8].astype(np.uint8), "JPEG", exif=turned)).shape == (8, 16, 3)
 
 
 def test_other_batches_take_encoded_images():
