@@ -63,7 +63,7 @@ def check(config: Any, workdir: pathlib.Path) -> None:
             continue
         settings = collected.checked(config, label, name, settings)
         grid = grid_of(settings)
-        if grid and config.suite.held_out < 1:
+        if grid and config.suite.held_out == 0:
             raise ValueError(f"{label} searches {', '.join(grid)} on held-out rows, but config.suite.held_out is 0")
         for values in itertools.product(*grid.values()):
             registry.get(name)(**{**settings, **dict(zip(grid, values, strict=True))})
