@@ -119,7 +119,7 @@ class Checkpoint:
     def part(self, name: str) -> "Checkpoint":
         """One for a part of the run, in a folder of its own; closed with this one. The name is no number."""
         self._parts.append(Checkpoint(self.directory / name, *self._settings))
-        return self._parts[-1].of(self._run)
+        return self._parts[-1].of(self._run) if self._run else self._parts[-1]  # may be told its run later
 
     def _latest(self) -> tuple[int | None, dict[str, Any]]:
         """The latest step, if there is one, and what was noted with it."""

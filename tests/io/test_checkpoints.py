@@ -73,9 +73,10 @@ def test_another_run_is_refused_and_one_that_names_nothing_goes_on(tmp_path):
         assert checkpoint.of(mine).restore(ones)[0] == checkpoint.of(mine).part("first").restore(ones)[0] == 1
         with pytest.raises(ValueError, match=r"method: a saved, b wanted, seed: absent .*empty directory"):
             checkpoint.of(other)
-        for run in (lambda: checkpoint.restore(ones), lambda: checkpoint.part("first")):
+        for run in (lambda: checkpoint.restore(ones), lambda: checkpoint.part("first").restore(ones)):
             with pytest.raises(ValueError, match="method: a saved, absent wanted"):
                 run()
+        assert checkpoint.part("first").of(mine).restore(ones)[0] == 1
         checkpoint.part("plain").save(3, ones)
         assert checkpoint.part("plain").restore(ones)[0] == 3
 
