@@ -13,8 +13,7 @@ from taskvec import cli
 from taskvec.commands import merge as command
 from taskvec.io import safetensors
 from tests.cli_for_tests import merge, refs, refused, run
-from tests.io.folders_for_tests import BF16, SHAPES, D, V, family, llama, mean, tensors, write
-from tests.io.test_folders import adapter, pair
+from tests.io.folders_for_tests import BF16, SHAPES, D, V, adapter, family, llama, mean, pair, tensors, write
 
 
 @pytest.mark.parametrize("name", SHAPES)

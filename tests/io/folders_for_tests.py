@@ -142,4 +142,18 @@ def mean(made, names=("a", "b")):
     return {k: np.mean([made[name][k].astype(np.float64) for name in names], axis=0) for k in made["base"]}
 
 
+def adapter(folder, factors, **config):
+    folder.mkdir(parents=True)
+    fields = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "bias": "none", "fan_in_fan_out": False} | config
+    (folder / "adapter_config.json").write_text(json.dumps(fields))
+    safetensors.save(folder / "adapter_model.safetensors", {f"base_model.model.{k}": v for k, v in factors.items()})
+    return folder
+
+
+def pair(module, a, b, kind="lora_{}.weight", seed=0, dtype=np.float32):
+    rng = np.random.default_rng(seed)
+    draw = lambda shape: rng.standard_normal(shape).astype(dtype)
+    return {f"{module}.{kind.format('A')}": draw(a), f"{module}.{kind.format('B')}": draw(b)}
+
+
 BF16 = ml_dtypes.bfloat16
