@@ -9,7 +9,7 @@ import pytest
 from taskvec.io import torch_modules
 from taskvec.io.torch_checkpoint import Forbidden, load_state_dict
 from taskvec.io.torch_modules import load_module
-from tests.io.test_torch_checkpoint import (
+from tests.io.torch_files_for_tests import (
     WRITERS,
     Call,
     Global,

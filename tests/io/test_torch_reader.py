@@ -13,7 +13,7 @@ from taskvec.io.torch_reader import TorchReader, open_weights
 from taskvec.models import classifiers
 from tests.io import torch_files_for_tests as torch_files
 from tests.io.folders_for_tests import BF16, family, mean, tensors, write
-from tests.io.test_torch_checkpoint import WRITERS, Call, Global, example
+from tests.io.torch_files_for_tests import WRITERS, Call, Global, example
 
 RECORDED = pathlib.Path(__file__).parent / "recorded" / "torch_files"
 BERT = pathlib.Path(__file__).parents[1] / "models" / "recorded" / "bert_even"
