@@ -72,7 +72,7 @@ TIES are at 0.3, as here; under tall_masks scales are searched on validation spl
 | iso_c | | 86.3, 80.3, 75.5 [mem] | 90.6, 84.8, 79.6 [mem] | 94.2, 89.3, 87.6 [mem] |
 | iso_cts | | 86.2, 81.7, 78.1 [mem] | 91.1, 86.4, 82.4 [2nd] | 94.7, 91.0, 90.1 [2nd] |
 | wudi | 85.2, 92.6 | | | |
-| emr, a model a task | 88.7, 93.7 | | | |
+| emr, a model per task | 88.7, 93.7 | | | |
 | individual | 90.8, 94.2 | 92.8, 90.9, 91.4 | 94.6, 92.8, 93.2 | 95.8, 94.3, 94.7 |
 
 B/32 of fusion_bench by task (SUN397, Cars, RESISC45, EuroSAT, SVHN, GTSRB, MNIST, DTD): pretrained 63.2, 59.8, 60.7,

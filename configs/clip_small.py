@@ -6,7 +6,7 @@ DATA holds ``image_NAME.npz`` files (x_train, y_train, x_test, y_test). The tran
 4 layers) is pretrained on some of the sets, with their labels (4,000 steps; 65% of the last batches right among 189
 classes; some 12 minutes of CPU time); the others are the tasks.
 
-Measured, without the adaptive rows and ``joint``, accuracy (%), 500 test rows a task (dtd10 300), mean of 3 seeds,
+Measured, without the adaptive rows and ``joint``, accuracy (%), 500 test rows per task (dtd10 300), mean of 3 seeds,
 which share the pretrained model, and its standard error over them:
 
 | method | mnist | fashion_mnist | digits | dtd10 | mean |
@@ -25,8 +25,8 @@ by 2.9 (0.9), TSV-M above the average by 1.5 (0.3), Surgery above TSV-M by 6.4 (
 (0.5). What does not: task arithmetic and TIES above the average. The search takes the smallest scale for task
 arithmetic in every seed, 0.3 next to the average's 0.25: in a model this small the task vectors disturb each other, and
 TSV-M keeps a third of what fine-tuning gains (three quarters on MiniLM, see `text8`). Longer steps make it worse (one
-seed, 640 rows a task, 100 steps; pretrained 53.2): with 1e-4 the experts have 65.0, the average 56.5, TSV-M 56.9, task
-arithmetic 55.8; with 3e-4 69.6, 54.6, 55.8, 53.5.
+seed, 640 rows per task, 100 steps; pretrained 53.2): with 1e-4 the experts have 65.0, the average 56.5, TSV-M 56.9,
+task arithmetic 55.8; with 3e-4 69.6, 54.6, 55.8, 53.5.
 """
 
 import ml_collections

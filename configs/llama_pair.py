@@ -5,7 +5,7 @@
 Models are folders or hub ids; the first expert is that of the first task. DATA holds ``text_TASK.jsonl``: ``split``
 (train, test; train is not looked at, but must not be empty), ``text`` (the whole prompt, with its examples if any) and
 ``label`` (the answer, a string). A row is right if the first line that the model writes after the prompt, greedily,
-equals the label. Weights are in single precision: three models and the merge are 16 bytes a parameter. Vocabularies
+equals the label. Weights are in single precision: three models and the merge are 16 bytes per parameter. Vocabularies
 must agree; ``taskvec merge`` brings those of different sizes together.
 
 Published, other protocols (GSM8K by the last number of a solution that the model writes at length, and the like), so

@@ -10,7 +10,7 @@ def get_config(arg=None):
     config.name = "quickstart"
     if not arg.runlocal:
         config.suite.update({"image_size": 48, "test": 500, "held_out": 192})
-        # Published: 500 steps of 1e-3 with 16 rows a task. That is in vision3 and costs minutes.
+        # Published: 500 steps of 1e-3 with 16 rows per task. That is in vision3 and costs minutes.
         config.settings.adamerging.update({"steps": 30, "learning_rate": 5e-3, "per_task": 8})
         config.settings.task_arithmetic.scale = (0.3, 0.5, 0.7)
         config.settings.ties.scale = (0.7, 1.0, 1.3)

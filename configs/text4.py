@@ -4,7 +4,7 @@
 
 Tasks: film reviews (fresh or rotten), plot or review sentence, party of a debate speaker, WordNet gloss to one of 14
 supersenses. Fixed heads from the pretrained features. Besides the rows of every benchmark there are merges with
-statistics of held-out rows (`experiments.collected`) and merges that store one model a task.
+statistics of held-out rows (`experiments.collected`) and merges that store one model per task.
 """
 
 from configs import common

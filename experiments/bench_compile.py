@@ -2,10 +2,10 @@
 
     python -m experiments.bench_compile [--case minilm] [--only adamerging,fw_soft]
 
-Each method runs its shortest form (a step, a round, an epoch, a row a task), in a process of its own, without programs
-kept from earlier runs. Compilation does not depend on the number of steps. Printed are the seconds of the whole run;
-those of tracing, lowering and compiling, all programs together; the number of programs, and of those that took over a
-second; and, for methods that run for one task after the other, the number that the second task adds.
+Each method runs its shortest form (a step, a round, an epoch, a row per task), in a process of its own, without
+programs kept from earlier runs. Compilation does not depend on the number of steps. Printed are the seconds of the
+whole run; those of tracing, lowering and compiling, all programs together; the number of programs, and of those that
+took over a second; and, for methods that run for one task after the other, the number that the second task adds.
 """
 
 import argparse

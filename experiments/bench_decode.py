@@ -2,8 +2,8 @@
 
     python -m experiments.bench_decode [--images 400 --pixels 500 --repeats 3]
 
-Pictures are smooth noise, which compresses about as photographs do. Printed for each number of threads: rows a second,
-and CPU seconds by seconds, the cores that were busy; medians of runs in turns.
+Pictures are smooth noise, which compresses about as photographs do. Printed for each number of threads: rows per
+second, and CPU seconds by seconds, the cores that were busy; medians of runs in turns.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def main() -> None:
         for epoch in range(args.repeats + 1):
             for threads, side in sides.items():
                 found[threads].append(timed(side, epoch))
-    table = rich.table.Table("threads", "rows a second", "cores busy")
+    table = rich.table.Table("threads", "rows per second", "cores busy")
     for threads, runs in found.items():
         seconds, busy = (statistics.median(values) for values in zip(*runs[1:], strict=True))
         table.add_row(str(threads), f"{args.images / seconds:.0f}", f"{busy:.2f}")

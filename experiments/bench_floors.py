@@ -53,7 +53,7 @@ def _iso_c(m: int, n: int, tasks: int, settings: dict) -> Work:
 
 
 def _tsv_m(m: int, n: int, tasks: int, settings: dict) -> Work:
-    """``r / T`` singular vectors a task; polar factors of U and V, r columns each; ``U S V``."""
+    """``r / T`` singular vectors per task; polar factors of U and V, r columns each; ``U S V``."""
     r, size = min(m, n), m * n
     per_task = 2 * r * size + 2 * size * (r // tasks)
     polar = 2 * (2 * r * r * (m + n))
@@ -61,7 +61,7 @@ def _tsv_m(m: int, n: int, tasks: int, settings: dict) -> Work:
 
 
 def _iso_cts(m: int, n: int, tasks: int, settings: dict) -> Work:
-    """`_tsv_m` with fewer vectors a task, plus those of the sum and T projections away from its leading part."""
+    """`_tsv_m` with fewer vectors per task, plus those of the sum and T projections away from its leading part."""
     plain, r, size = _tsv_m(m, n, tasks, settings), min(m, n), m * n
     common = round(0.8 * r)
     eigh = ((r, max((r - common) // tasks, 1)),) * tasks + ((r, r),)

@@ -160,7 +160,7 @@ def train(
       head: kernel, mask and scale of the task.
       seed: of the batches.
       place: folder for checkpoints, from which a killed run goes on.
-      record: called with (steps done, metrics of the last ones ``{name: [n]}``, rows a second).
+      record: called with (steps done, metrics of the last ones ``{name: [n]}``, rows per second).
     """
     host.alone(f"fine-tuning {task.name}")
     config, recipe = tuner.settings, settled(tuner, task)
@@ -211,7 +211,7 @@ def save(folder: pathlib.Path, model: models.Model, expert: Expert, config: Any,
 
 
 def shown(update: Callable, batch_size: int, record: Callable | None) -> Callable:
-    """An ``on_chunk`` that shows and records a chunk with its rows a second (of the first, compiling included)."""
+    """An ``on_chunk`` that shows and records a chunk with its rows per second (of the first, compiling included)."""
     last = time.perf_counter()
 
     def show(step: int, metrics: dict[str, np.ndarray]) -> None:

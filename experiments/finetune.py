@@ -1,12 +1,12 @@
-"""Fine-tunes one expert a task and seed, each written as a model folder that `taskvec merge` and `models.load` take.
+"""Fine-tunes one expert per task and seed, each written as a model folder that `taskvec merge` and `models.load` take.
 
 Or one model for all tasks of a suite: ``train=joint`` (``joint+pcgrad``: with that balancer), ``atm``, ``forkmerge``.
 
     python -m experiments.finetune --config=configs/finetune_clip.py:model=CLIP,suite=clip8 --workdir=results/experts
 
 Leaves ``pretrained``, ``seedS/TASK`` or ``seedS/joint`` (with ``expert.json``: settings and test accuracies; with
-``adapter`` where factors were trained), ``seedS/heads.npz`` and ``metrics.jsonl``, a line a step. A run that was killed
-goes on from its last checkpoint and ends with the same bits; what is finished is left alone.
+``adapter`` where factors were trained), ``seedS/heads.npz`` and ``metrics.jsonl``, a line per step. A run that was
+killed goes on from its last checkpoint and ends with the same bits; what is finished is left alone.
 """
 
 import json
@@ -153,7 +153,7 @@ def _of_tangent(base: Base) -> Any:
 
 
 class Log:
-    """Appends a line a step to ``metrics.jsonl``; steps that a killed run had beyond its checkpoint come anew."""
+    """Appends a line per step to ``metrics.jsonl``; steps that a killed run had beyond its checkpoint come anew."""
 
     def __init__(self, path: pathlib.Path, task: str, seed: int):
         self._path, self._who, self._started = path, {"task": task, "seed": seed}, False

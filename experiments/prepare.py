@@ -104,7 +104,7 @@ def load_base(config: Any) -> Base:
 
 
 def prepare(config: Any, base: Base, seed: int) -> Bench:
-    """Loads the tasks of a seed, makes the heads, and fine-tunes or loads one expert a task."""
+    """Loads the tasks of a seed, makes the heads, and fine-tunes or loads one expert per task."""
     if config.trainable.kind == "tangent":
         raise ValueError(
             "a benchmark scores the model itself: not with config.trainable.kind='tangent', whose experts are linear "

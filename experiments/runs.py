@@ -41,7 +41,7 @@ class Outcome(NamedTuple):
       data_access: as in a result row.
       coefficients: of an adaptive method, see `learning.Found`.
       heads: trained in place of the fixed ones.
-      classifiers: functions from features to logits in place of heads, one a task.
+      classifiers: functions from features to logits in place of heads, one per task.
       storage_bits: of a merge, as in a result row.
     """
 

@@ -74,7 +74,7 @@ def _add_merge(commands, common: argparse.ArgumentParser) -> None:
     add("--extra", action="append", default=[], metavar="NAME=MODEL", help="what a method needs besides, per expert")
     add("--out", metavar="OUT", help="folder to write (or a file ending in .safetensors)")
     add("--include", default="", metavar="REGEX", help="merge tensors whose name matches, copy the rest from the base")
-    add("--task", default="", metavar="EXPERT", help="whose model to write, for methods that give one an expert")
+    add("--task", default="", metavar="EXPERT", help="whose model to write, for methods that give one model per expert")
     add("--dtype", default="", metavar="DTYPE", help="float32, bfloat16 or float16 (default: the base's)")
     add("--lora", default="delta", choices=("delta", "factor"), help="merge adapters as products B A, or their factors")
     add("--memory", default="", metavar="SIZE", help="for the blocks in flight (default: 1GB, or what a record had)")

@@ -1,4 +1,4 @@
-"""The published protocol of every adaptive method, one file a method, on FusionBench's CLIP checkpoints.
+"""The published protocol of every adaptive method, one file per method, on FusionBench's CLIP checkpoints.
 
     python -m experiments.benchmark --config=configs/adaptive/adamerging.py:arch=b32,suite=clip8
     python -m experiments.benchmark --config=configs/adaptive/adamerging.py:arch=l14,checkpoints=FOLDER,source=DATA
@@ -34,7 +34,7 @@ def protocol(
       name: of the method.
       arg: see `clip.get_config`.
       rows: parsed arguments -> ``{label: settings}``; other rows that a method builds on come first.
-      held_out: labelled or unlabelled training rows a task; None is the family's whole validation split.
+      held_out: labelled or unlabelled training rows per task; None is the family's whole validation split.
     """
     arg = common.parse_arg(arg, **clip.ARGUMENTS)
     config = table(clip.published(arg), clip.named(name, arg), rows(arg))

@@ -2,7 +2,7 @@
 
     python -m experiments.benchmark --config=configs/adaptive/adamerging.py:arch=b32,suite=clip8
 
-Settings of the paper: start 0.3, clamped to [0, 1], Adam 1e-3, 500 steps, 16 test rows a task. The released code sums
+Settings of the paper: start 0.3, clamped to [0, 1], Adam 1e-3, 500 steps, 16 test rows per task. The released code sums
 two such batches in a step, which but for Adam's epsilon is 32 rows, and has rules of its own for ++: the rows
 ``_as_released``, of which the authors' numbers are. FusionBench: 1000 steps, one batch, no clamp, log(p + 1e-8): the
 last row, which is the one to compare, as the checkpoints are its own.

@@ -2,8 +2,8 @@
 
     python -m experiments.benchmark --config=configs/adaptive/adarank.py:arch=b32,suite=clip8
 
-Settings of the released code: Adam 1e-3 for both, 10,000 steps, temperature 10, no clamp, 16 test rows a task (L/14: 4;
-20 tasks on L/14: 2 and 100,000 steps). Task arithmetic starts at 0.3 with all ranks; CART's start is in `CART`. Not
+Settings of the released code: Adam 1e-3 for both, 10,000 steps, temperature 10, no clamp, 16 test rows per task (L/14:
+4; 20 tasks on L/14: 2 and 100,000 steps). Task arithmetic starts at 0.3 with all ranks; CART's start is in `CART`. Not
 seen, and taken from what is nearest: CART's start for B/16 (B/32's) and for 14 tasks on L/14 (8 tasks').
 
 | 8 tasks | protocol | B/32 | L/14 |

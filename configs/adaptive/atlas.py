@@ -3,9 +3,9 @@
     python -m experiments.benchmark --config=configs/adaptive/atlas.py:arch=b32,suite=clip8
 
 Settings of the released code: start 0, no clamp, AdamW 1e-3 with weight decay 0.1 along the normalised gradient, 20
-epochs over the validation splits, as long as the smallest, 128 rows a step over all tasks (L/14: 64, and a step of the
-optimiser after two), open_clip's crops, the epoch of the best mean normalised accuracy on the same rows, zero-shot
-being the first. ``atlas_isotropic`` has one coefficient a task.
+epochs over the validation splits, as long as the smallest, 128 rows per step over all tasks (L/14: 64, and a step of
+the optimiser after two), open_clip's crops, the epoch of the best mean normalised accuracy on the same rows, zero-shot
+being the first. ``atlas_isotropic`` has one coefficient per task.
 
 | 8 tasks | protocol | B/32 | B/16 | L/14 |
 | --- | --- | ---: | ---: | ---: |

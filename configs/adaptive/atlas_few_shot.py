@@ -3,14 +3,14 @@
     python -m experiments.benchmark --config=configs/adaptive/atlas_few_shot.py:arch=b32,suite=clip20
 
 Every task in turn is the new one, the task vectors are those of the others. Settings of the released code: 1, 2, 4, 8,
-16 training rows a class, AdamW 0.1 falling to 0 along a cosine, weight decay 0.1, normalised gradient, 10 epochs of at
-least 10 batches of 128 rows, crops of half the picture or more and mirror images, start 0, the best epoch on the
+16 training rows per class, AdamW 0.1 falling to 0 along a cosine, weight decay 0.1, normalised gradient, 10 epochs of
+at least 10 batches of 128 rows, crops of half the picture or more and mirror images, start 0, the best epoch on the
 validation split, zero-shot being the first. Further rows:
 
 * ``atlas_tip_N_shot``, ``atlas_lpp_N_shot``: Tip-Adapter and LP++ trained on the same rows and aTLAS's features, and
   ``tip_N_shot``, ``lpp_N_shot`` on those of the pretrained model;
 * ``atlas_feature_B``, ``atlas_random_B``, ``atlas_gradient_B``, ``atlas_blockwise_B``: a budget of B task vectors,
-  whole or, by the gradient, another B for every tensor; 16 rows a class. The budgets are ours;
+  whole or, by the gradient, another B for every tensor; 16 rows per class. The budgets are ours;
 * ``atlas_x10_P``: K = 10 parts a tensor, P per cent of the training rows at random, at 100 all of them. All tensors
   have parts (``partitioned="matrices"`` is the released code's slip).
 

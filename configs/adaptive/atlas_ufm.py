@@ -3,7 +3,7 @@
     python -m experiments.benchmark --config=configs/adaptive/atlas_ufm.py:arch=b32,suite=clip20
 
 Every task in turn is the new one, the task vectors are those of the others. Settings of the released code: AdamW 1e-3
-falling to 0 along a cosine, weight decay 0.1, normalised gradient, 10 epochs, 128 rows a step, a quarter of them
+falling to 0 along a cosine, weight decay 0.1, normalised gradient, 10 epochs, 128 rows per step, a quarter of them
 trusted, threshold 0.99, start 0; the weak view is the picture, the strong one a crop of half of it or more, mirrored
 or not.
 

@@ -2,7 +2,7 @@
 
     python -m experiments.benchmark --config=configs/adaptive/concrete.py:arch=b32,suite=clip8
 
-Settings of the released code: mask logits from 0, temperature 0.5, Adam 1e-3, 2000 steps, 16 test rows a task; task
+Settings of the released code: mask logits from 0, temperature 0.5, Adam 1e-3, 2000 steps, 16 test rows per task; task
 arithmetic at 0.3; AdaMerging's inner Adam has rate 1 and coefficients clamped to [0, 1], the second stage 1000 steps of
 1e-3. FusionBench: 1000 steps for AdaMerging's masks, no clamp, one draw of the mask for both moves, log(p + 1e-8). One
 sampled mask is scored, so that accuracies vary with the seed.

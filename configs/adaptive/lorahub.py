@@ -1,4 +1,4 @@
-"""LoraHub (2023, arXiv 2307.13269): one weight a module for a new task, by an evolution strategy.
+"""LoraHub (2023, arXiv 2307.13269): one weight per module for a new task, by an evolution strategy.
 
     python -m experiments.benchmark --config=configs/adaptive/lorahub.py:arch=b32,suite=clip20
 

@@ -2,8 +2,9 @@
 
     python -m experiments.benchmark --config=configs/adaptive/prodistill.py:arch=b32,suite=clip8
 
-Settings of the released code: a coefficient an entry, start 0.3, 64 unlabelled training rows a task, 100 epochs of Adam
-0.01, 128 rows a step; task arithmetic at 0.3 outside the blocks. One coefficient a tensor or block are its options.
+Settings of the released code: a coefficient per entry, start 0.3, 64 unlabelled training rows per task, 100 epochs of
+Adam 0.01, 128 rows per step; task arithmetic at 0.3 outside the blocks. One coefficient per tensor or block are its
+options.
 
 | 8 tasks | protocol | B/32 | B/16 | L/14 |
 | --- | --- | ---: | ---: | ---: |

@@ -3,8 +3,8 @@
     python -m experiments.benchmark --config=configs/adaptive/samerging.py:arch=b32,suite=clip8
 
 Settings of the released configuration: KL at temperature 2, rho 0.07, weight decay 5e-4, start 0, no clamp, Adam 1e-3,
-10 epochs of 100 steps, 16 rows a task. ``samerging_as_released``: that code's SAM has no effect, which is rho = 0; its
-other losses are ``objective`` (jsd, cross_entropy, entropy).
+10 epochs of 100 steps, 16 rows per task. ``samerging_as_released``: that code's SAM has no effect, which is rho = 0;
+its other losses are ``objective`` (jsd, cross_entropy, entropy).
 
 No published number was seen.
 """

@@ -2,9 +2,9 @@
 
     python -m experiments.benchmark --config=configs/adaptive/self_positioning.py:source=DATA
 
-Published, as far as seen: one weight a task and stochastic gradient descent on a contrastive loss over a small balanced
-set of pairs; MTEB 0.7 above joint training [abstract]. That weights lie on the simplex (softmax), the factor of their
-sum, temperature, rate, steps and batch are ours.
+Published, as far as seen: one weight per task and stochastic gradient descent on a contrastive loss over a small
+balanced set of pairs; MTEB 0.7 above joint training [abstract]. That weights lie on the simplex (softmax), the factor
+of their sum, temperature, rate, steps and batch are ours.
 
 Our benchmark cannot run that: it has neither the paper's embedding models (retrieval, similarity, ...) nor MTEB. What
 is nearest and runs: the eight text tasks on MiniLM-L6 of `configs/text8.py`, a pair being two texts of one class, which

@@ -2,10 +2,10 @@
 
     python -m experiments.benchmark --config=configs/adaptive/sens_merging.py:arch=b32,suite=clip8
 
-Settings of a third party's program, as the authors released none: up to 100 labelled rows a task, temperature 1, norms
-as in `taskvec.adaptive.sens_merging`. The paper merges language models (instruction, mathematics, code); neither its
-equations nor a number of it was seen, and our benchmark scores no such models with adaptive methods. Do not quote these
-rows as the paper's.
+Settings of a third party's program, as the authors released none: up to 100 labelled rows per task, temperature 1,
+norms as in `taskvec.adaptive.sens_merging`. The paper merges language models (instruction, mathematics, code); neither
+its equations nor a number of it was seen, and our benchmark scores no such models with adaptive methods. Do not quote
+these rows as the paper's.
 """
 
 from configs import adaptive

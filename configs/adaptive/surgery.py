@@ -2,7 +2,7 @@
 
     python -m experiments.benchmark --config=configs/adaptive/surgery.py:arch=b32,suite=clip8
 
-Settings of the released code: rank 16, Adam 1e-3, 500 iterations of two batches of 16 test rows a task, a step after
+Settings of the released code: rank 16, Adam 1e-3, 500 iterations of two batches of 16 test rows per task, a step after
 each: 1000 steps. The paper's form is not centred. Below: task arithmetic and TIES at 0.3, layer-wise AdaMerging.
 ``surgery_online``: the authors' online variant, every test row once and alone. ``surgery_fusion_bench``: on features of
 unit norm, with one batch a task and iteration, 1000 iterations; no number of it was seen. ``surgery_inductive`` and the

@@ -3,7 +3,7 @@
     python -m experiments.benchmark --config=configs/adaptive/surgery_v2.py:arch=b32,suite=clip8
 
 Settings of the released code: rank 16 (a comment has 4 for L/14), Adam 1e-3, 500 iterations of two batches of 16 test
-rows a task, a step after each: 1000 steps. Merged models as for `configs/adaptive/surgery.py`.
+rows per task, a step after each: 1000 steps. Merged models as for `configs/adaptive/surgery.py`.
 
 No published number was seen; the abstract says nearly the experts' accuracy. What the experts give after every block is
 kept for all test rows, ``L D + d`` numbers each: 40 kB a row for B/32, 101 kB for L/14. Where that is too much, set

@@ -3,7 +3,7 @@
     python -m experiments.benchmark --config=configs/adaptive/symerge.py:arch=b32,suite=clip8
 
 Settings of the released code: start 0.3, clamped to [0, 1], Adam 0.01 for coefficients and heads (with a bias), 500
-rounds of a step for every task in random order, 32 test rows a step. Model Tinting keeps all rows; SyMerge leaves out
+rounds of a step for every task in random order, 32 test rows per step. Model Tinting keeps all rows; SyMerge leaves out
 those on which the merged model is surer than the expert that it contradicts. ``model_tinting_grouped`` has the rate of
 1e-3 for coefficients that stands in Tinting's code, commented out.
 

@@ -1,4 +1,4 @@
-"""aTLAS: one free coefficient a task and tensor, learned on labelled rows. arXiv 2407.02880 (NeurIPS 2024).
+"""aTLAS: one free coefficient per task and tensor, learned on labelled rows. arXiv 2407.02880 (NeurIPS 2024).
 
     theta_l = theta0_l + sum_t lam[l, t] tau_{l,t},    lam = 0 at the start, of any sign
 
@@ -84,7 +84,7 @@ def atlas(
     """Task addition: minimises the sum of the tasks' cross-entropies.
 
     Args:
-      problem: what is merged, with a head a task.
+      problem: what is merged, with a head per task.
       rows: labelled; published: the validation split of every task, augmented.
       mode: ``tensor``, ``task`` (the isotropic variant), or another of `taskvec.tree.groups`.
       partitions, partitioned: K of aTLAS x K, see `atlas_parts.free_coefficients`.

@@ -91,7 +91,7 @@ def atlas_few_shot(
     Args:
       problem: a pool of T task vectors, and one head, the target's.
       rows: labelled rows of the target.
-      shots: rows a class; ``None`` takes all.
+      shots: rows per class; ``None`` takes all.
       share: of all rows, at random, in place of shots (published with aTLAS x K: 0.01 to 1).
       budget: task vectors that are used; ``None`` uses all.
       select: ``gradient``, ``feature`` or ``random``, see `selection`.

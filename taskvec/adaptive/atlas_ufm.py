@@ -1,8 +1,8 @@
 """aTLAS at test time: coefficients from unlabelled rows, by UFM (unsupervised FixMatch). arXiv 2407.02880, section 4.3.
 
-The pretrained model's predictions p on all rows make k rows a class trusted, those of the largest p_c, with their most
-probable class as label. Batches are 3/4 other rows and 1/4 trusted ones. On a strongly augmented view of each row the
-cross-entropy to a target q is taken, the trusted label or else the present prediction on the weak view, without
+The pretrained model's predictions p on all rows make k rows per class trusted, those of the largest p_c, with their
+most probable class as label. Batches are 3/4 other rows and 1/4 trusted ones. On a strongly augmented view of each row
+the cross-entropy to a target q is taken, the trusted label or else the present prediction on the weak view, without
 gradient, where it is certain:
 
     min_lam sum_b w_b CE(q_b, h(f(strong_b))) / sum_b w_b,    w_b = [max_c q_bc > 0.99]
@@ -134,7 +134,7 @@ def atlas_ufm(
       rows: unlabelled rows of the target. Inputs may hold two views of every row, weak and strong (`rows.views`:
         ``x`` and ``second_x``); without, one view serves as both, at half the cost. Where the strong view is drawn
         anew whenever a row is taken, so are its augmentations.
-      per_class: trusted rows a class, see `trusted_rows`.
+      per_class: trusted rows per class, see `trusted_rows`.
       threshold: on the largest probability of a target.
       all_trusted: every row is trained on its pretrained label, as in the released code; see the card.
       mode, partitions, partitioned, weight_decay, gradient_norm: see `atlas.atlas`.

@@ -55,7 +55,7 @@ def coefficients(
     seed: int = 0,
     shared_parts: bool = False,
 ) -> Parametrisation:
-    """One coefficient a task and group: ``theta_l = theta0_l + sum_t c(lam)[g(l), t] tau_{l,t}``.
+    """One coefficient per task and group: ``theta_l = theta0_l + sum_t c(lam)[g(l), t] tau_{l,t}``.
 
     Args:
       groups: from `taskvec.tree.groups`, in the layout of the parameters; under ``global`` all tasks share a
@@ -108,7 +108,7 @@ def coefficients(
 
 
 def elementwise(theta0: Tree, num_tasks: int, init: float = 0.3, constraint: str = "identity") -> Parametrisation:
-    """One coefficient a task and entry: ``theta = theta0 + sum_t c(alpha_t) * tau_t`` (ProDistill, arXiv 2502.12706).
+    """One coefficient per task and entry: ``theta = theta0 + sum_t c(alpha_t) * tau_t`` (ProDistill, arXiv 2502.12706).
 
     Args:
       theta0: parameters, or their shapes.
@@ -120,7 +120,7 @@ def elementwise(theta0: Tree, num_tasks: int, init: float = 0.3, constraint: str
       A `Parametrisation` whose learnables are ``{"lam": tree}`` of float32 ``[T, ...]`` and ``[L, T, ...]``.
     """
     if constraint in ("softmax", "simplex"):
-        raise ValueError(f"constraint {constraint!r} is over tasks; coefficients an entry take identity, clip, tanh")
+        raise ValueError(f"constraint {constraint!r} is over tasks; coefficients per entry take identity, clip, tanh")
     effective(jnp.zeros(()), constraint)
 
     def leaf(path, x):

@@ -200,7 +200,7 @@ def _outer(learning_rate: float, steps: int) -> optax.GradientTransformation:
 
 
 def _pairs(batches: Callable[[int], Batch], steps: int) -> Callable[[int], dict[str, Batch]]:
-    """Two batches a step; in the second stage one, given twice."""
+    """Two batches per step; in the second stage one, given twice."""
 
     def pair(step: int) -> dict[str, Batch]:
         if step < steps:

@@ -88,7 +88,7 @@ def fw_hard(
     seed: int = 0,
     loop: Loop = Loop(),
 ) -> Learned:
-    """Frank-Wolfe with one model a round.
+    """Frank-Wolfe with one model per round.
 
     The merge that it starts from is a vertex too, as in the released code.
 
@@ -172,7 +172,7 @@ def _merger(problem: Problem, groups: trees.Groups) -> Callable[[np.ndarray], Tr
     "fw_soft",
     Card(
         **_CARD,
-        summary="rounds of AdaMerging over the models of a pool that labelled gradients ask for, one a task",
+        summary="rounds of AdaMerging over the models of a pool that labelled gradients ask for, one per task",
         data="few labelled",
         released_code="as here (FusionBench's fw_soft); coefficients are not clamped, entropy_eps=1e-8",
     ),

@@ -126,7 +126,7 @@ def lorahub(
     seed: int = 0,
     loop: Loop = Loop(),
 ) -> Learned:
-    """Searches one weight a module; all rows are used in every evaluation.
+    """Searches one weight per module; all rows are used in every evaluation.
 
     The result is the best point that was tried, zero weights (the pretrained model) among them. A step of `loop` is a
     generation; ``history["loss"]`` is the least loss yet, ``history["objective"]`` that of the generation's best.

@@ -36,7 +36,7 @@ class LazyTable:
     Attributes:
       theta0: ``[V, d]``.
       tau: ``[T, V, d]``.
-      factor: ``[T]``, one coefficient a task.
+      factor: ``[T]``, one coefficient per task.
       merge_tensor: see `Parametrisation.merge_tensor`.
     """
 
@@ -89,7 +89,7 @@ def merged_apply(
       parametrisation: how learnables make weights.
       scanned: merge layer by layer in the model's scan. False merges the whole tree first (any model).
       lazy: ``(path, shape) -> bool``, tables of which the model only ever calls ``.take(ids, axis=0)``; only those
-        with one factor a task are left unmerged.
+        with one factor per task are left unmerged.
       linear: run the model linearised at theta0 (`taskvec.training.trainable.linearised`), for task vectors of models
         that were fine-tuned so; merges the whole tree, whatever `scanned`.
 

@@ -1,6 +1,6 @@
 """What is learned, and how it makes weights: the interface that all adaptive methods share.
 
-A parametrisation's learnables are first *spread* into one factor a tensor (for coefficients ``[T]``; ``[L, T]`` for a
+A parametrisation's learnables are first *spread* into one factor per tensor (for coefficients ``[T]``; ``[L, T]`` for a
 stacked leaf); then every tensor is merged on its own. That is what lets `merged.merged_apply` merge one layer at a time
 inside a model's scan.
 """
@@ -107,7 +107,7 @@ def weighted_sum(theta0: Array, tau: Any, coef: Array) -> Array:
     Args:
       theta0: ``[...]``.
       tau: ``[T, ...]``, or `LowRank`.
-      coef: ``[T]``; ``[T, ...]`` for one coefficient an entry (products of `LowRank` are then made, one at a time);
+      coef: ``[T]``; ``[T, ...]`` for one coefficient per entry (products of `LowRank` are then made, one at a time);
         ``[T, r]`` for one a rank of `LowRank`.
     """
     dtype = jnp.promote_types(theta0.dtype, jnp.float32)

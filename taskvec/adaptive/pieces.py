@@ -16,7 +16,7 @@ def in_pieces(gradient: Gradient, pieces: int) -> Gradient:
     """The mean of the gradients of `pieces` parts of a batch, taken one after the other.
 
     Args:
-      gradient: of `learn.make_loss`, for batches of any number of rows a task.
+      gradient: of `learn.make_loss`, for batches of any number of rows per task.
       pieces: n, which divides every task's rows.
 
     Raises:

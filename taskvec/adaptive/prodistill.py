@@ -135,12 +135,12 @@ def epochs_of(num_rows: int, batch_size: int, seed: int, block: int) -> Callable
         title="Scalable Model Merging with Progressive Layer-wise Distillation",
         arxiv="2502.12706",
         year=2025,
-        summary="coefficients an entry, learned block by block so that the merged block imitates every expert's",
+        summary="coefficients per entry, learned block by block so that the merged block imitates every expert's",
         sees=("tokens",),
         data="unlabelled train",
         released_code=(
             "every expert's block runs on all rows and what is not its own is masked out; an epoch ends with a "
-            "smaller batch where rows do not divide; one coefficient a tensor (mode='tensor') or block (mode='task') "
+            "smaller batch where rows do not divide; one coefficient per tensor (mode='tensor') or block (mode='task') "
             "are options there too"
         ),
     ),
@@ -166,7 +166,7 @@ def prodistill(
     Args:
       problem: what is merged; a model of ours, scanned, whose blocks are one stack. Its heads are not used.
       rows: unlabelled, of the tasks' training sets.
-      mode: one coefficient a task and ``element``, ``tensor`` or block (``task``, the released code's name).
+      mode: one coefficient per task and ``element``, ``tensor`` or block (``task``, the released code's name).
       init: start of all coefficients.
       outside: coefficient of all task vectors outside the blocks.
       shots: rows of a task, drawn once.

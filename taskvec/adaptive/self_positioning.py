@@ -63,7 +63,7 @@ def without_heads(problem: Problem, sets: int, rows: Rows) -> Problem:
         title="Improving General Text Embedding Model: Tackling Task Conflict and Data Imbalance through Model Merging",
         arxiv="2410.15035",
         year=2024,
-        summary="one weight a task on the simplex, and a scale, from contrastive learning on pairs of texts",
+        summary="one weight per task on the simplex, and a scale, from contrastive learning on pairs of texts",
         sees=("pairs",),
         data="unlabelled train",
         released_code="none; the parametrisation's details and all rates are ours",

@@ -30,7 +30,7 @@ from taskvec.tree import Groups, Tree
 
 
 def sensitivities(problem: Problem, rows: Rows, groups: Groups, loop: Loop = Loop()) -> np.ndarray:
-    """``s`` of the module's docstring: ``[T, G]``, one backward pass a row."""
+    """``s`` of the module's docstring: ``[T, G]``, one backward pass per row."""
     ids = [np.asarray(x) for x in jax.tree.leaves(groups.ids)]
 
     def loss(floats, others, head, batch):

@@ -84,7 +84,7 @@ def coefficients(path: pathlib.Path, groups: Sequence[str], tasks: Sequence[str]
     axes.tick_params(length=0)
     figure.colorbar(image, label="coefficient", fraction=0.08, pad=0.03)
     means = ", ".join(f"{m:.2f}" for m in values_GxT.mean(0))
-    axes.set_title(f"{len(groups)} coefficients a task{share}; means {means}", fontsize=8)
+    axes.set_title(f"{len(groups)} coefficients per task{share}; means {means}", fontsize=8)
     _save(figure, path)
 
 

@@ -16,7 +16,7 @@ def by_label(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """One line a method: accuracy by task, mean and its spread over seeds, normalised accuracy, what it needed.
+    """One line per method: accuracy by task, mean and its spread over seeds, normalised accuracy, what it needed.
 
     Accuracies are per cent, averaged over seeds; the spread is the standard error of the mean over seeds. Memory is the
     largest peak of the process, everything that it holds included.

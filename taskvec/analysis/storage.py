@@ -1,7 +1,7 @@
 """How many bits models take: T fine-tuned ones, one merged, or one with masks or low-rank vectors for every task.
 
 Two ways that must agree: formulas on parameter counts (for tables), and the arrays of an actual result.
-With P merged and F unmerged entries of b bits each, and a merged vector of 32 bits an entry:
+With P merged and F unmerged entries of b bits each, and a merged vector of 32 bits per entry:
 
 * T fine-tuned models that share what is not merged: ``b (T P + F)``;
 * TALL-masks, EMR-Merging: ``(b + 32 + T) P + b F``, and 32 T for EMR's factors;

@@ -1,6 +1,6 @@
 """The published suites of 8, 14 and 20 image tasks for CLIP: classes, prompts, splits, and where the rows lie.
 
-Class names and templates are facts read in public repositories; they stand in ``classes/*.txt``, one a line, ``{}``
+Class names and templates are facts read in public repositories; they stand in ``classes/*.txt``, one per line, ``{}``
 for the class. Sources: tanganke/fusion_bench 54c9e8c ``fusion_bench/tasks/clip_classification``, nik-dim/tall_masks
 d10af8b and mlfoundations/task_vectors 826a64c ``src/datasets``, and the class attributes of torchvision's data sets.
 The templates are the same in all three. Class names differ for some tasks; the open_clip line's own stand in
@@ -219,7 +219,7 @@ def _hub_table(files: list[pathlib.Path]) -> sources.Table:
         return sources.parquet(files, sources.Columns("image"))
     names = files[0].parent.parent / "classnames.txt"  # without them there is no telling what the labels mean
     if not names.is_file():
-        raise FileNotFoundError(f"{names} is not there; it has the names of the labels in {files[0]}, one a line")
+        raise FileNotFoundError(f"{names} is not there; it has the names of the labels in {files[0]}, one per line")
     return webdataset.read(files, _lines(names))
 
 

@@ -23,7 +23,7 @@ def joiner(lengths: Sequence[np.ndarray], length: int) -> Callable[[Sequence[Bat
     all steps; one that needs more gets more. What a batch looks like depends on its sentences alone.
 
     Args:
-      lengths: tokens of the sentences that may come, one array a task.
+      lengths: tokens of the sentences that may come, one array per task.
       length: of a row, at least that of the longest sentence. Attention costs its square; rows as long as the longest
         sentence are filled well already.
     """

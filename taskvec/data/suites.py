@@ -33,8 +33,8 @@ class Spec:
         YAML or JSON file (see `described`). With a family: a folder, ``hub`` or ``tfds``.
       family: one of `clip_suites.FAMILIES` for the published image tasks, ``glue`` or ``glue_text_to_text``; tasks may
         then also be ``("clip8",)`` and its like, or ``("glue",)``, for all of a suite.
-      train, held_out, test: rows a task; held_out are taken from the training set. None is the published protocol: all
-        rows, of which the family's validation split is held out (FusionBench's are training rows as well).
+      train, held_out, test: rows per task; held_out are taken from the training set. None is the published protocol:
+        all rows, of which the family's validation split is held out (FusionBench's are training rows as well).
       max_length: tokens, text only.
       image_size: pixels, images only.
       preprocess: see `images.encode_task`; by default ``square``, with a family the family's own.

@@ -94,7 +94,7 @@ class Row:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
         if not self.accuracy or not all(-1 <= value <= 1 for value in self.accuracy.values()):
             raise ValueError(
-                f"accuracies must be fractions (correlations from -1), one a task at least; found {dict(self.accuracy)}"
+                f"accuracies must be fractions (correlations from -1), at least one per task: {dict(self.accuracy)}"
             )
 
     @property

@@ -66,7 +66,7 @@ class Aligned:
     """Models that can be merged.
 
     Attributes:
-      views: one a model, all with the same names.
+      views: one per model, all with the same names.
       copies: ``{name: name it is tied to}`` of tensors that the first model stores twice: written twice, merged once.
       kept: names of the first model's tensors that are no part of the merge because others lack them (buffers).
       untied: output embeddings that the first model ties and another does not: the result is untied.

@@ -27,7 +27,7 @@ ESTIMATORS = ("exact", "sampled", "batch")
 
 
 def stack_tasks(collected: Sequence[Tree]) -> Tree:
-    """T trees, one a task, as one with a task axis: ``[T, ...]``, and ``[L, T, ...]`` for stacked layers."""
+    """T trees, one per task, as one with a task axis: ``[T, ...]``, and ``[L, T, ...]`` for stacked layers."""
     flats = [trees.flatten(tree) for tree in collected]
     axis = lambda path: 1 if trees.is_stacked(path) else 0
     return trees.unflatten({path: jnp.stack([flat[path] for flat in flats], axis(path)) for path in flats[0]})

@@ -20,7 +20,7 @@ def consensus_ta(scale: float = 0.3, threshold: float | Sequence[float] = 0.4, a
 
     Args:
       scale: lambda.
-      threshold: lambda_t of the TALL-masks, in {.2, ..., .6}: one number, or one a task.
+      threshold: lambda_t of the TALL-masks, in {.2, ..., .6}: one number, or one per task.
       at_least: number of tasks that must need an entry.
     """
     return chain(sum_tasks(), consensus(threshold, at_least), scale_by(scale))

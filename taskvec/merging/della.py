@@ -54,7 +54,7 @@ def della(
         form), ``sum`` does not divide.
       zero: see `elect_signs`.
       rescale, axis, seed: see `drop_by_rank`.
-      weights: one a task; 1 if not given.
+      weights: one per task; 1 if not given.
     """
     check_choice("election", election, ("sum", "none"))
     check_choice("aggregate", aggregate, ("mean", "sum"))

@@ -13,7 +13,7 @@ BANDS = ((20, 8), (200, 4), (None, 2))  # published, for GPTQ
         title="Knowledge Grafting of Large Language Models",
         arxiv="2505.18502",
         year=2025,
-        summary="one model a task: singular vectors by module, the leading ones in more bits",
+        summary="one model per task: singular vectors by module, the leading ones in more bits",
         result="task-conditioned",
         released_code="rounds by GPTQ with activations of calibration texts; here, with bands, to the nearest level. "
         "Drops the changes of all other modules: end ranks with ('', 0)",

@@ -23,7 +23,7 @@ def karcher(weights: Sequence[float] | None = None, iterations: int = 10, tolera
     A pretrained model, if there is one, plays no part. The paper's metric is Fisher's; this is its spherical proxy.
 
     Args:
-      weights: one a model; equal if not given.
+      weights: one per model; equal if not given.
       iterations: at most.
       tolerance: ends the iteration when the step, an angle, is shorter.
     """

@@ -17,7 +17,7 @@ _CARD = {
 def knots_ties(
     density: float = 0.2, scale: float = 0.6, aggregate: str = "mean", rule: str = "paper", zero: str = "zero"
 ) -> Chain:
-    """``theta_0 + scale * U TIES(U^T tau_1, .., U^T tau_T)`` with one threshold a task for the whole model.
+    """``theta_0 + scale * U TIES(U^T tau_1, .., U^T tau_T)`` with one threshold per task for the whole model.
 
     Args:
       density: fraction kept of a task's coordinates; coordinates beyond the rank do not count.

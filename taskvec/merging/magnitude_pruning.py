@@ -26,6 +26,6 @@ def magnitude_pruning(
       density: fraction kept of every task vector.
       scale: factor of the sum.
       scope: ``tensor`` ranks each tensor (the paper), ``model`` the whole model.
-      weights: one a task; 1 if not given.
+      weights: one per task; 1 if not given.
     """
     return chain(trim(density, scope), sum_tasks(weights), scale_by(scale))

@@ -47,7 +47,7 @@ def chain_of(
 
     Args:
       name: one of `KINDS`.
-      weights, densities: one a model: ``weight`` and ``density``.
+      weights, densities: one per model: ``weight`` and ``density``.
       **parameters: by MergeKit's names; those that every model has its own of may be sequences.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a task-conditioned merge gives: one model a task, in compressed form."""
+"""What a task-conditioned merge gives: one model per task, in compressed form."""
 
 import dataclasses
 from typing import Any

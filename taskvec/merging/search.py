@@ -116,7 +116,7 @@ def per_task(
       values: one setting and its values.
 
     Returns:
-      `Found`, whose setting is a tuple of one value a task and whose score is that of these together.
+      `Found`, whose setting is a tuple of one value per task and whose score is that of these together.
     """
     chosen, score = _grid(values), arguments.get("score", protocols.mean)
     if len(chosen.values) != 1:
@@ -196,7 +196,7 @@ pcb_search = Search(
         title="Parameter Competition Balancing for Model Merging",
         arxiv="2410.02396",
         year=2024,
-        summary="PCB-Merging with one weight a task, by an evolution strategy on held-out data",
+        summary="PCB-Merging with one weight per task, by an evolution strategy on held-out data",
         data="few labelled",
         ordered=True,
         released_code="its language experiments search on the test split; box='pcb_nlp' has their bounds",

@@ -76,7 +76,7 @@ def multi_slerp(
     """``theta_0 + scale r m``: m the weighted mean direction of the tau_t on the sphere, r their weighted mean length.
 
     Args:
-      weights: one a model; equal if not given.
+      weights: one per model; equal if not given.
       iterations: see `mean_on_sphere`; 0 as released.
       normalize: whether the weights are made to add up to 1.
       scale: factor of the result.

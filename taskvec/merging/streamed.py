@@ -71,7 +71,7 @@ def merge_streamed(
 
     def emit(path: str, rows: slice | None, x: Any) -> None:
         if isinstance(x, Stored):
-            raise ValueError("this method gives one model a task: name the task whose model to write")
+            raise ValueError("this method gives one model per task: name the task whose model to write")
         write(path, np.asarray(x), rows)
 
     run(

@@ -1,4 +1,4 @@
-"""TALL-masks: one merged vector, and one bit an entry and task that says where the task uses it."""
+"""TALL-masks: one merged vector, and one bit per entry and task that says where the task uses it."""
 
 from collections.abc import Sequence
 
@@ -16,17 +16,17 @@ _CARD = {
 }
 
 
-@method("tall_masks", Card(**_CARD, summary="sum of the task vectors, masked for each task; 1 bit an entry and task"))
+@method("tall_masks", Card(**_CARD, summary="sum of the task vectors, masked for each task; 1 bit per entry and task"))
 def tall_masks(threshold: float | Sequence[float] = 0.4) -> Chain:
     """``theta_0 + m_t tau`` for task t, with ``tau = sum_k tau_k`` and ``m_t = |tau_t| > threshold_t |tau - tau_t|``.
 
     Args:
-      threshold: lambda_t: one number, or one a task.
+      threshold: lambda_t: one number, or one per task.
     """
     return chain(sum_tasks(), keep_masked(threshold))
 
 
-@method("tall_masks_ties", Card(**_CARD, summary="TIES vector, masked for each task; 1 bit an entry and task"))
+@method("tall_masks_ties", Card(**_CARD, summary="TIES vector, masked for each task; 1 bit per entry and task"))
 def tall_masks_ties(
     density: float = 0.2, threshold: float | Sequence[float] = 0.4, aggregate: str = "sum", rule: str = "paper"
 ) -> Chain:

@@ -41,7 +41,7 @@ def ties(
     rule: str = "paper",
     zero: str = "zero",
 ) -> Chain:
-    """``theta_0 + scale * disjoint_mean(elect_signs(trim(tau)))`` with one global threshold a task.
+    """``theta_0 + scale * disjoint_mean(elect_signs(trim(tau)))`` with one global threshold per task.
 
     Args:
       density: fraction kept of every task vector.

@@ -34,7 +34,7 @@ def tsv_m(scale: float = 1.0, solver: str = "gram", matrices: str = "") -> Chain
     "tsv_compress",
     Card(
         **_CARD,
-        summary="one model a task: its leading singular vectors, 1/T of the rank",
+        summary="one model per task: its leading singular vectors, 1/T of the rank",
         result="task-conditioned",
         released_code="none known",
     ),

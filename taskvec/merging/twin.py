@@ -10,7 +10,7 @@ from taskvec.transforms import Chain, chain, keep_shared_and_ranks
         title="Twin-Merging: Dynamic Integration of Modular Expertise in Model Merging",
         arxiv="2406.15479",
         year=2024,
-        summary="one model a task: task arithmetic plus a low-rank part of what the task has besides",
+        summary="one model per task: task arithmetic plus a low-rank part of what the task has besides",
         result="task-conditioned",
         released_code="leaves out parameters named bias or classifier (LeafPolicy(include=...)); a trained router "
         "mixes the tasks' parts for every input, which is not part of this",

@@ -31,7 +31,7 @@ def weight_average() -> Chain:
 
 @method(
     "checkpoint_average",
-    Card(**_FREE_LUNCH, summary="mean of the checkpoints of one run, such as one an epoch"),
+    Card(**_FREE_LUNCH, summary="mean of the checkpoints of one run, such as one per epoch"),
 )
 def checkpoint_average() -> Chain:
     """``theta = (1/N) sum_n theta_n`` over the checkpoints of one run; integers come from the first.

@@ -37,7 +37,7 @@ def static(params: Tree) -> Merged:
 
 
 def per_task(params: Sequence[Tree]) -> Merged:
-    """One parameter tree a task, such as the fine-tuned experts themselves."""
+    """One parameter tree per task, such as the fine-tuned experts themselves."""
     return Merged("task-conditioned", lambda task: params[task])
 
 

@@ -1,4 +1,4 @@
-"""Representation Surgery: a low-rank correction of the merged features, one a task. arXiv 2402.02705 (ICML 2024).
+"""Representation Surgery: a low-rank correction of the merged features, one per task. arXiv 2402.02705 (ICML 2024).
 
     z' = z - U_t relu(D_t z),    min_{U_t, D_t} E_x |z'(x) - z_t^expert(x)|_1 / d
 
@@ -123,7 +123,7 @@ def train(
     Args:
       merged: T arrays ``[N_t, d]``, features of the merged model, not normalised.
       expert: T arrays ``[N_t, d]``, features of each task's own model on the same rows.
-      once: the authors' online variant: one task after the other, every row once, in random order, one a step;
+      once: the authors' online variant: one task after the other, every row once, in random order, one per step;
         `steps` and `per_task` do not count.
       rank, center, normalise, steps, learning_rate, per_task, seed, loop: see `surgery`.
 
@@ -186,14 +186,14 @@ def merged_model(problem: Problem, on: str | Tree) -> Tree:
         (of an adaptive method, of a merge with other settings).
 
     Raises:
-      ValueError: unknown method; one that needs more than weights, or gives one model a task; other weights.
+      ValueError: unknown method; one that needs more than weights, or gives one model per task; other weights.
     """
     if not isinstance(on, str):
         vectors.check_same_model(problem.theta0, on, "on")
         return on
     card = registry.get(on).card
     if card.result != "static":
-        raise ValueError(f"{on} gives one model a task; a correction stands on one model for all")
+        raise ValueError(f"{on} gives one model per task; a correction stands on one model for all")
     card.check(on, problem.num_tasks, True, ())
     merge = jax.jit(functools.partial(transforms.transform_task_vectors, registry.resolve(on)))
     return jax.jit(vectors.apply)(problem.theta0, merge(problem.theta0, problem.tau))
@@ -205,7 +205,7 @@ def merged_model(problem: Problem, on: str | Tree) -> Tree:
         title="Representation Surgery for Multi-Task Model Merging",
         arxiv="2402.02705",
         year=2024,
-        summary="a low-rank correction of the merged features, one a task, trained to the experts' features",
+        summary="a low-rank correction of the merged features, one per task, trained to the experts' features",
         data="unlabelled test",
         sees=("teacher",),
         result="task-conditioned",

@@ -1,4 +1,4 @@
-"""SurgeryV2: a low-rank correction after every block, one a task. arXiv 2410.14389.
+"""SurgeryV2: a low-rank correction after every block, one per task. arXiv 2410.14389.
 
     x_l <- x_l - U_{t,l} relu(D_{t,l} x_l)    for every token behind block l,    z <- z - U_t relu(D_t z),
     min  sum_l E_x |m(x_l) - m(x_l^expert)|_1 / D  +  E_x |z - z^expert|_1 / d
@@ -95,7 +95,7 @@ def task_losses(student: Mapping[str, Array], batch: Mapping[str, Array], num_ta
         "Surgery",
         arxiv="2410.14389",
         year=2024,
-        summary="a low-rank correction of all tokens after every block, one a task, trained to the experts'",
+        summary="a low-rank correction of all tokens after every block, one per task, trained to the experts'",
         sees=("tokens",),
         data="unlabelled test",
         result="task-conditioned",
@@ -120,7 +120,7 @@ def surgery_v2(
     """Corrects a merged model after every block, for each task by itself.
 
     A step moves the adapters of all tasks, each by its own batch: Adam works entry by entry, so that these are the
-    published steps task by task. What the experts give is computed once for all rows, ``L D + d`` numbers a row.
+    published steps task by task. What the experts give is computed once for all rows, ``L D + d`` numbers per row.
 
     ``Learned.params`` is the merged model, ``Learned.merged`` the corrected result: ``merged.apply_fn`` runs what
     ``merged.params_for(task)`` gives.

@@ -30,7 +30,7 @@ Train = Callable[[Tree, int, int, int], Tree]
 def budget(steps: int, rounds: int) -> list[int]:
     """Steps a task in every round, `steps` in all, as even as can be (longer rounds first)."""
     if not 1 <= rounds <= steps:
-        raise ValueError(f"rounds={rounds} of {steps} steps a task: allowed 1 to {steps}")
+        raise ValueError(f"rounds={rounds} of {steps} steps per task: allowed 1 to {steps}")
     return [steps // rounds + (k < steps % rounds) for k in range(rounds)]
 
 

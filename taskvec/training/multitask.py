@@ -79,7 +79,7 @@ def make_joint(
     the activations of `tasks_at_once` tasks; only the Gram matrix and the weighted sum leave it. Arithmetic is that of
     one batch of all tasks either way; SAM doubles it.
 
-    Published (FusionBench): 128 rows a task, ``optax.adam(optax.cosine_decay_schedule(1e-5, 4000))``, 4000 steps, no
+    Published (FusionBench): 128 rows per task, ``optax.adam(optax.cosine_decay_schedule(1e-5, 4000))``, 4000 steps, no
     decay, sum of the losses.
 
     Args:

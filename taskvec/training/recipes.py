@@ -34,7 +34,7 @@ class Recipe:
 
     Attributes:
       steps: of the optimiser; None takes a task's passes over its rows from `EPOCHS` (see `for_task`).
-      batch_size: rows a batch.
+      batch_size: rows per batch.
       learning_rate: peak.
       warmup: steps with rising learning rate; below 1, their share of all steps.
       weight_decay: decoupled, towards zero, of everything that is trained (AdamW); 0 is Adam. Not of a tensor that has

@@ -3,14 +3,14 @@
 A transform rewrites the task vectors of *one tensor at a time* and may first measure the whole model. Like an optax
 gradient transform it is data: two kinds of pure functions in a NamedTuple.
 
-* ``apply(x, leaf, stats)`` rewrites one tensor. ``x`` is ``[T, ...]`` (one vector a task, float32) until a transform
+* ``apply(x, leaf, stats)`` rewrites one tensor. ``x`` is ``[T, ...]`` (one vector per task, float32) until a transform
   reduces the task axis, ``[...]`` after. ``leaf`` says what the tensor is and holds what it started from.
 * each `Measure` reduces what must be known beyond one entry: ``of_leaf`` for one tensor, summed up (or otherwise
   combined, associatively) over all tensors or over the rows of one, then ``finish``. ``stats`` holds the finished
   measures, in order; a later measure of the same transform sees the earlier ones, so an exact quantile can narrow down
   in two rounds.
 
-The last transform of a chain may return a `stored.Stored` instead of an array: one vector a task, compressed.
+The last transform of a chain may return a `stored.Stored` instead of an array: one vector per task, compressed.
 Nothing here knows whether the tensors stand in memory, are sharded over a mesh or stream from files: see `run.py`.
 """
 

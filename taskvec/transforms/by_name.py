@@ -97,7 +97,7 @@ def _lookup(table: Sequence[tuple], rest: float, partitions: int = 0) -> Any:
 
     def weights_of(x: Array, leaf: Leaf) -> tuple[Array, Array]:
         if values.shape[1] != x.shape[0]:
-            raise ValueError(f"the table has {values.shape[1]} weights a tensor for {x.shape[0]} task vectors")
+            raise ValueError(f"the table has {values.shape[1]} weights per tensor for {x.shape[0]} task vectors")
         sorted_ = jnp.asarray(numbers[order])
         at = jnp.asarray(order)[jnp.minimum(jnp.searchsorted(sorted_, leaf.path_hash), len(table) - 1)]
         known = jnp.asarray(numbers)[at] == leaf.path_hash

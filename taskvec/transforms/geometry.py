@@ -28,7 +28,7 @@ def slerp(
     Args:
       t: 0 gives a, 1 gives b.
       space: ``weights`` of the two models, or their task ``vectors``.
-      axis: ``tensor`` takes the angle between whole tensors, -1 one a row (along the last axis), 0 one a column.
+      axis: ``tensor`` takes the angle between whole tensors, -1 one per row (along the last axis), 0 one per column.
       linear_above: straight interpolation where the cosine's magnitude is larger.
     """
     made = _slerp(space, axis, linear_above)
@@ -65,7 +65,7 @@ def mean_on_sphere(
     first task; without iterations the result is then the straight weighted mean.
 
     Args:
-      weights: one a task; equal if not given.
+      weights: one per task; equal if not given.
       iterations: at most; 0 stops at the normalised mean, 1 is one step of barycentric interpolation.
       tolerance: ends the iteration when the step is shorter (an angle in radians).
       space: ``weights`` of the models, or their task ``vectors``.
@@ -83,7 +83,7 @@ def _mean_on_sphere(weighted: bool, iterations: int, tolerance: float, space: st
     def coefficients(gram: Array, stats: tuple) -> Array:
         tasks = gram.shape[0]
         if weighted and len(stats) != tasks:
-            raise ValueError(f"{len(stats)} weights for {tasks} models: give one weight a model")
+            raise ValueError(f"{len(stats)} weights for {tasks} models: give one weight per model")
         weights = jnp.stack([jnp.asarray(w, jnp.float32) for w in stats]) if weighted else jnp.ones(tasks)
         weights = weights / weights.sum() if normalize or not weighted else weights
         return _karcher(gram, weights, iterations, tolerance)

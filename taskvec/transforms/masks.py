@@ -25,7 +25,7 @@ def keep_masked(threshold: Thresholds) -> Transform:
     """Ends a chain with the merged vector and the TALL-masks of all tasks: ``m_t x`` for task t (`stored.Masked`).
 
     Args:
-      threshold: lambda_t of the masks; one number, or one a task. A search over it compiles once.
+      threshold: lambda_t of the masks; one number, or one per task. A search over it compiles once.
     """
     return Transform("keep_masked", _masked, constants=_checked(threshold))
 
@@ -42,7 +42,7 @@ def consensus(threshold: Thresholds, at_least: int = 2) -> Transform:
     values. Source: Consensus merging, arXiv 2405.07813, section 5.
 
     Args:
-      threshold: lambda_t of the masks; one number, or one a task (the paper searches {.2, ..., .6} for each task). A
+      threshold: lambda_t of the masks; one number, or one per task (the paper searches {.2, ..., .6} for each task). A
         search over it compiles once.
       at_least: k, number of tasks.
     """
@@ -59,7 +59,7 @@ def _agreed(x: Array, leaf: Leaf, stats: tuple) -> Array:
 
 @functools.cache
 def elect_and_mask(rescale: str = "paper") -> Transform:
-    """Ends a chain with one elected vector, one mask and one factor a task: ``f_t m_t x`` for task t (`stored.Masked`).
+    """Ends a chain with one elected vector, a mask and a factor per task: ``f_t m_t x`` for task t (`stored.Masked`).
 
     With g the sign of ``sum_t x_t`` (-1 where it is zero): ``m_t = (x_t g > 0)``, ``x = g max_t m_t |x_t|`` and
     ``f_t = ||x_t||_1 / ||m_t x||_1``. Source: EMR-Merging, arXiv 2405.17461, section 3.2.

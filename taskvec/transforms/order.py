@@ -152,7 +152,7 @@ def kth_magnitudes_of(ranks: Sequence[Rank], scope: str) -> tuple[Measure, Measu
         """Bins and ranks inside them, each ``[T, K]``."""
         xp = np if isinstance(counts, np.ndarray) else jnp
         if xp is jnp and info.size >= 1 << 32:
-            raise ValueError(f"off the CPU, exact thresholds count up to 2^32 entries a task; this has {info.size}")
+            raise ValueError(f"off the CPU, exact thresholds count up to 2^32 entries per task; this has {info.size}")
         found = []
         for task in range(counts.shape[0]):
             unseen = xp.zeros(_HIGH, counts.dtype) if not info.unseen else xp.eye(1, _HIGH, dtype=counts.dtype)[0]

@@ -157,9 +157,9 @@ def applied(stages: tuple, shared: Stats, own: Stats, leaf: Leaf, stacked: bool,
         if not isinstance(x, Stored):
             if x.shape != leaf.theta0.shape:
                 raise ValueError(
-                    f"the chain ends with one vector a task (shape {x.shape}, weights {leaf.theta0.shape}): add a "
+                    f"the chain ends with one vector per task (shape {x.shape}, weights {leaf.theta0.shape}): add a "
                     "reduction such as sum_tasks(), mean_tasks() or disjoint_mean(), end it with keep_tasks() for one "
-                    "model a task, or get the vectors by transform_task_vectors"
+                    "model per task, or get the vectors by transform_task_vectors"
                 )
             x = (leaf.theta0.astype(jnp.float32) + x).astype(dtype or leaf.theta0.dtype)
         return x, probe

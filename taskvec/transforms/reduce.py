@@ -23,7 +23,7 @@ def weighted_sum(weights: Array, x: Array) -> Array:
 
 
 def weigh(weights: tuple[float, ...]) -> Transform:
-    """``w_t x_t``: one weight a task; negative ones forget."""
+    """``w_t x_t``: one weight per task; negative ones forget."""
     return Transform("weigh", _weighed, constants=tuple(weights))
 
 
@@ -51,14 +51,14 @@ def _combined(x: Array, leaf: Leaf, stats: tuple) -> Array:
 
 
 def check_weights(weights: tuple, x: Array) -> None:
-    """Raises `ValueError` unless there is one weight a task."""
+    """Raises `ValueError` unless there is one weight per task."""
     if len(weights) != x.shape[0]:
-        raise ValueError(f"{len(weights)} weights for {x.shape[0]} task vectors: give one weight a task")
+        raise ValueError(f"{len(weights)} weights for {x.shape[0]} task vectors: give one weight per task")
 
 
 @functools.cache
 def keep_tasks() -> Transform:
-    """Ends a chain without a reduction: one model a task (a task-conditioned result, nothing compressed)."""
+    """Ends a chain without a reduction: one model per task (a task-conditioned result, nothing compressed)."""
     return Transform("keep_tasks", lambda x, leaf, stats: Dense(x))
 
 

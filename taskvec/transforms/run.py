@@ -283,7 +283,7 @@ def transform_task_vectors(
 
     Returns:
       The transformed vectors: with the task axis if the chain keeps it, without if it reduces it. A task-conditioned
-      chain gives its vectors decoded, one a task.
+      chain gives its vectors decoded, one per task.
     """
     flat0, flat_tau = trees.flatten(theta0), trees.flatten(tau)
     flat_extras = {name: trees.flatten(extra) for name, extra in (extras or {}).items()}

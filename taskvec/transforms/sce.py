@@ -15,7 +15,7 @@ from taskvec.transforms.reduce import weighted_sum
 def select_calculate_erase(
     density: float, normalize: bool = True, mixed: str = "selected", guards: str = "none"
 ) -> Transform:
-    """Selects entries, calculates one coefficient a task and tensor, erases minority signs, and adds up.
+    """Selects entries, calculates one coefficient per task and tensor, erases minority signs, and adds up.
 
     In each tensor: the `density` largest of the variances (over tasks) that are not zero are selected;
     ``w_t = ||selected x_t||^2 / sum_k ||selected x_k||^2``; entries whose sign is not that of ``sum_t x_t`` are erased

@@ -148,7 +148,7 @@ def _each_task(transforms: tuple[Transform, ...]) -> Transform:
 
     def apply(x: Array, leaf: Leaf, stats: tuple) -> Array:
         if len(transforms) != x.shape[0]:
-            raise ValueError(f"{len(transforms)} transforms for {x.shape[0]} task vectors: give one a task")
+            raise ValueError(f"{len(transforms)} transforms for {x.shape[0]} task vectors: give one per task")
         done = {each: each.apply(x, leaf, part(stats, i)) for i, each in enumerate(different)}
         return jnp.stack([done[each][t] for t, each in enumerate(transforms)])
 

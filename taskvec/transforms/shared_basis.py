@@ -48,7 +48,7 @@ def in_shared_basis(inner: Transform | Chain, floor: float = 1e-5) -> Transform:
         if not leaf.satisfies(matrix):
             return [(x, leaf)]
         if x.ndim != leaf.theta0.ndim + 1:
-            raise ValueError("in_shared_basis takes one vector a task: put it before reductions such as sum_tasks()")
+            raise ValueError("in_shared_basis takes one vector per task: put it before reductions such as sum_tasks()")
         u, theta0 = basis(turned(x, leaf)), turned(leaf.theta0, leaf)
         coordinates = rotated(u, turned(x, leaf))
         return [(coordinates, dataclasses.replace(leaf, theta0=jnp.zeros_like(theta0), tau=coordinates))]
@@ -64,7 +64,7 @@ def in_shared_basis(inner: Transform | Chain, floor: float = 1e-5) -> Transform:
 
 @functools.cache
 def trim_present(density: float, rule: str = "paper") -> Transform:
-    """As `trim` with one threshold a task, but rows that are zero in all tasks do not count in the density.
+    """As `trim` with one threshold per task, but rows that are zero in all tasks do not count in the density.
 
     Coordinates beyond the rank are such rows: a basis of 128 directions out of 768 has 128 rows, and 20 % of those are
     kept. So are tensors that no task changed.

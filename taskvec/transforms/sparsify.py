@@ -22,7 +22,7 @@ def trim(density: PerTask, scope: str = "model", rule: str = "paper", rescale: s
 
     Args:
       density: fraction kept, in (0, 1]; a tuple gives each task its own.
-      scope: ``model`` (one threshold a task) or ``tensor`` (one a task and tensor, as MergeKit does).
+      scope: ``model`` (one threshold per task) or ``tensor`` (one per task and tensor, as MergeKit does).
       rule: ``paper`` keeps k = int(density n); ``released`` takes the order statistic of the released code, number
         n - int(density n) in ascending order, which keeps one entry more.
       rescale: ``none``, or ``l1``, which restores the L1 norm of each task vector's tensor (MergeKit).
@@ -127,10 +127,10 @@ def crumbs(density: PerTask, gamma: PerTask, axis: str = "tensor") -> Transform:
 
 
 def by_task(values: PerTask | Array, x: Array) -> Array:
-    """Numbers, one a task or one for all, in a shape that multiplies ``x [T, ...]``."""
+    """Numbers, one per task or one for all, in a shape that multiplies ``x [T, ...]``."""
     values = jnp.asarray(values, jnp.float32).reshape(-1)
     if values.shape[0] not in (1, x.shape[0]):
-        raise ValueError(f"{values.shape[0]} values for {x.shape[0]} task vectors: give one, or one a task")
+        raise ValueError(f"{values.shape[0]} values for {x.shape[0]} task vectors: give one, or one per task")
     return values.reshape(-1, *[1] * (x.ndim - 1))
 
 

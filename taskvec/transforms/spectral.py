@@ -25,7 +25,7 @@ def _per_matrix(
 
     def apply(x: Array, leaf: Leaf, stats: tuple) -> Array:
         if x.ndim != leaf.theta0.ndim + 1:
-            raise ValueError(f"{name} merges one vector a task: put it before a reduction such as sum_tasks()")
+            raise ValueError(f"{name} merges one vector per task: put it before a reduction such as sum_tasks()")
         if not leaf.satisfies(chosen) or min(x.shape[1:]) < least * x.shape[0]:
             return mean(x)
         with jax.default_matmul_precision("highest"):

@@ -1,4 +1,4 @@
-"""Results with one vector a task, in the form in which they are stored.
+"""Results with one vector per task, in the form in which they are stored.
 
 A chain whose last transform returns one of these is *task-conditioned*: ``theta_0 + vector(task)`` are the weights of
 a task. They are pytrees of one tensor; the layers of a stack have one more leading axis in every array (use
@@ -26,7 +26,7 @@ class Stored(Protocol):
 
 
 class Masked(NamedTuple):
-    """One merged tensor, and one bit an entry and task that says where the task uses it.
+    """One merged tensor, and one bit per entry and task that says where the task uses it.
 
     Attributes:
       merged: ``[...]``, the vector that tasks share.
@@ -53,7 +53,7 @@ class Masked(NamedTuple):
         return self.scale[task] * self.merged * here.reshape(self.merged.shape).astype(self.merged.dtype)
 
     def bits(self) -> int:
-        """32 a merged entry and one an entry and task; the T factors of the whole model are left to the caller."""
+        """32 per merged entry and one per entry and task; the T factors of the whole model are left to the caller."""
         return 8 * self.merged.nbytes + self.merged.size * self.mask.shape[-2]
 
 

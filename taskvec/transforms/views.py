@@ -14,7 +14,7 @@ from taskvec.transforms.matrices import matrix_named
 def split_view(inner: Transform | Chain, pattern: str, parts: int, axis: int = 0) -> Transform:
     """Runs a chain on the parts of fused matrices, and on all other tensors as they are.
 
-    A fused query-key-value matrix is one matrix to a method that decomposes matrices or has one threshold a tensor,
+    A fused query-key-value matrix is one matrix to a method that decomposes matrices or has one threshold per tensor,
     and its three parts are three: results differ. With this a checkpoint of either kind gives the result of the other.
     Vectors that match are split as well (fused biases). The parts draw different random numbers, not those of
     separate tensors.

@@ -119,7 +119,7 @@ def test_negation_keeps_the_control_task():
 def test_few_shot():
     theta0, tau, kernels, rows = setting((3,), 3, (9,))
     found = atlas_few_shot(problem(theta0, tau, kernels), rows, epochs=10, batch_size=6, least_batches=2)
-    # 12 rows are wanted and 9 are there: twice over they make 3 batches an epoch.
+    # 12 rows are wanted and 9 are there: twice over they make 3 batches per epoch.
     again = rows_lib.repeated(rows, 2)
     rate = lambda step: 0.05 * (1 + np.cos(np.pi * step / 30))
     lam, losses = oracle(theta0, tau, kernels, rows_lib.cyclic(again, 6), 30, rate, (1,))

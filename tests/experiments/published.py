@@ -25,7 +25,7 @@ TRUE = {
 
 
 def write(root, tasks=TASKS, architecture=ARCHITECTURE, train=50, test=50):
-    """Both towers, for every task an image tower that differs a little, and so many pictures or one a class."""
+    """Both towers, for every task an image tower that differs a little, and so many pictures or one per class."""
     base = with_tokenizer(root / architecture, "clip_both", 59, 60)
     tower, params = models.load(base, part="vision")
     params = jax.device_get(params)

@@ -1,4 +1,4 @@
-"""Rows of merges that need statistics of data, or give one model a task, on tiny stand-ins of published checkpoints."""
+"""Rows of merges that need statistics of data, or give one model per task, on stand-ins of published checkpoints."""
 
 import jax
 import numpy as np
@@ -45,7 +45,7 @@ def row_of(bench, config, label, settings):
 
 
 def check(bench, outcome, row, params):
-    """Features and accuracies are those of these parameters, one tree a task."""
+    """Features and accuracies are those of these parameters, one tree per task."""
     for t, task in enumerate(bench.tasks):
         z_Nxd = np.asarray(bench.base.model.apply(params[t], inputs(task.test))["features"], np.float64)
         np.testing.assert_allclose(outcome.test[t], z_Nxd, rtol=1e-3, atol=1e-4 * np.abs(z_Nxd).max())

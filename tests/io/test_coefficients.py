@@ -114,7 +114,7 @@ def test_what_does_not_belong_together_is_refused(tmp_path):
     (tmp_path / "x.json").write_text("{}")
     with pytest.raises(ValueError, match="no coefficients, or damaged"):
         io.load(tmp_path / "x")
-    with pytest.raises(ValueError, match="2 weights a tensor for 3 task vectors"):
+    with pytest.raises(ValueError, match="2 weights per tensor for 3 task vectors"):
         tv.merge("coefficients", theta0, experts, table=[("stem/conv", [1, 2])])
     with pytest.raises(ValueError, match="names a twice"):
         tv.merge("coefficients", theta0, experts, table=[("a", [1]), ("a", [2])])

@@ -21,7 +21,7 @@ MODELS = random_models(0, 2)
         (("breadcrumbs", {"density": 0.9, "gamma": 0.2}), r"density \+ gamma <= 1"),
         (("task_arithmetic", {"weights": [1.0]}), "1 weights for 2 task vectors"),
         (("tsv_m", {"solver": "qr"}), "allowed: gram, svd"),
-        ((tv.chain(tv.trim(0.5)), {}), "ends with one vector a task.*add a reduction such as sum_tasks"),
+        ((tv.chain(tv.trim(0.5)), {}), "ends with one vector per task.*add a reduction such as sum_tasks"),
         ((tv.chain(tv.sum_tasks()), {"scale": 1.0}), "go into the transforms when a chain is given"),
     ],
 )

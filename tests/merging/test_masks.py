@@ -167,7 +167,7 @@ def test_emr_of_a_task_that_agrees_nowhere():
     [
         ("tall_masks", {"threshold": 0.0}, "threshold must be positive, got 0.0"),
         ("tall_masks", {"threshold": (0.2, -0.1)}, "threshold must be positive"),
-        ("tall_masks", {"threshold": (0.2, 0.3, 0.4)}, "3 values for 2 task vectors: give one, or one a task"),
+        ("tall_masks", {"threshold": (0.2, 0.3, 0.4)}, "3 values for 2 task vectors: give one, or one per task"),
         ("consensus_ta", {"at_least": 0}, "at_least must be 1 or more"),
         ("emr", {"rescale": "code"}, "unknown rescale 'code'; allowed: paper, released, none"),
         (tv.chain(tv.keep_masked(0.4)), {}, r"keep_masked masks a merged vector: put sum_tasks\(\)"),

@@ -139,7 +139,7 @@ def test_subspace_ranks_are_the_released_ones():
 
 
 def test_knots_counts_existing_coordinates():
-    """Two LoRA experts of rank 2 span 4 directions of 30: 50 % are 2 x 30 entries a task, not 15 x 30."""
+    """Two LoRA experts of rank 2 span 4 directions of 30: 50 % are 2 x 30 entries per task, not 15 x 30."""
     taus = low_rank_taus(2, 30, 2)
     kept = tv.chain(tv.in_shared_basis(tv.trim_present(0.5)), tv.sum_tasks())
     coordinates, bases = oracles._in_basis({"w": taus})

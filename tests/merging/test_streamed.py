@@ -43,7 +43,7 @@ def test_memory_of_a_whole_matrix_counts_measures_of_the_model():
         "small", lambda x, leaf, stats: (x / stats[0][:, None, None]).sum(0), (Measure(largest),), (), False
     )
     base, *experts = models(3, {W: (2, 128)})
-    assert plan_streamed(small, base, experts).peak_bytes >= 4 * 2 * 2 * 128 * 128  # two matrices a task
+    assert plan_streamed(small, base, experts).peak_bytes >= 4 * 2 * 2 * 128 * 128  # two matrices per task
 
 
 def test_what_is_compiled_to_plan_is_what_runs(caplog, monkeypatch):

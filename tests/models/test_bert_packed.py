@@ -1,4 +1,4 @@
-"""Packed batches: the numbers that transformers computed for the sentences one a row, and those of such a batch."""
+"""Packed batches: the numbers that transformers computed for the sentences one per row, and those of such a batch."""
 
 import pathlib
 

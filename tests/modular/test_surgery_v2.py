@@ -138,7 +138,7 @@ def test_errors():
     for field, value in {"evaluate": object(), "pieces": 2}.items():
         with pytest.raises(ValueError, match=f"surgery_v2 takes no Loop.{field}="):
             surgery_v2(problem, rows, loop=Loop(**{field: value}))
-    with pytest.raises(ValueError, match="emr gives one model a task"):
+    with pytest.raises(ValueError, match="emr gives one model per task"):
         surgery_v2(problem, rows, on="emr")
     towers = {"text": problem.theta0, "vision": problem.theta0}
     with pytest.raises(ValueError, match=r"text/blocks, vision/blocks .*load a tower"):
