@@ -74,7 +74,15 @@ def one(name: str, console: Console) -> None:
         "result": card.result + (_CHOOSE if card.result == "task-conditioned" and by_command else ""),
         "trains heads": "yes" if card.heads_trained else "no",
         "released code": card.released_code or "as here",
-    } | ({} if by_command else {"how to run": method.how if isinstance(method, registry.Search) else _ADAPTIVE})
+    }
+    if isinstance(method, registry.Search):
+        rows["how to run"] = method.how
+    elif not by_command:
+        rows |= {
+            "learns": card.learns,
+            "sees besides inputs": ", ".join(card.sees) or "nothing",
+            "how to run": _ADAPTIVE,
+        }
     for field, value in rows.items():
         facts.add_row(field, escape(value))
     console.print(facts)
