@@ -10,7 +10,7 @@ from configs import clip
 from taskvec import models
 from taskvec.data import clip_suites
 from tests.data.pictures_for_tests import folders
-from tests.experiments.test_finetune import with_tokenizer
+from tests.experiments.stand_ins_for_tests import with_tokenizer
 
 ARCHITECTURE = "clip-vit-base-patch32"
 TASKS = ("mnist", "svhn")

@@ -15,7 +15,7 @@ from experiments import benchmark, output, prepare
 from taskvec import models, tree as trees
 from taskvec.evaluation import rows as rows_lib
 from taskvec.io import peft, safetensors
-from tests.experiments.test_finetune import WORDS, with_tokenizer
+from tests.experiments.stand_ins_for_tests import WORDS, with_tokenizer
 from tests.io import hub_for_tests as fake_hub, torch_files_for_tests as torch_files
 
 METHODS = ("pretrained", "weight_average", "individual")

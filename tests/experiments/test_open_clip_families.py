@@ -13,7 +13,7 @@ from taskvec.io import names, open_clip, safetensors
 from taskvec.models import clip as clip_model
 from tests.data.pictures_for_tests import folders
 from tests.experiments.published import ARCHITECTURE, TASKS
-from tests.experiments.test_finetune import with_tokenizer
+from tests.experiments.stand_ins_for_tests import with_tokenizer
 from tests.io import hub_for_tests as fake_hub, torch_files_for_tests as torch_files
 
 # Heads are 64 wide in all that was published, so a tower is at least so wide; its features are as wide as the texts'.

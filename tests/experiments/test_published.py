@@ -14,7 +14,7 @@ from taskvec.data.base import Split, Task
 from taskvec.evaluation import rows as rows_lib
 from tests.experiments import published as stand_ins
 from tests.experiments.published import ARCHITECTURE, arguments
-from tests.experiments.test_finetune import RECORDED
+from tests.experiments.stand_ins_for_tests import RECORDED
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from taskvec.data import clip_suites, suites
 from taskvec.evaluation import rows as rows_lib
 from taskvec.training import heads
 from tests.experiments import published
-from tests.experiments.test_finetune import ROWS
+from tests.experiments.stand_ins_for_tests import ROWS
 
 SUITES = ("clip8", "clip14", "clip20")
 # Weights of the image towers with their projections (FusionBench: 87,456,000 without it for B/32, 303,179,776 L/14).

@@ -12,7 +12,7 @@ from taskvec import models, tree as trees
 from taskvec.io.checkpoints import Checkpoint
 from taskvec.training import balancers, multitask
 from tests.experiments import test_finetune
-from tests.experiments.test_finetune import WORDS, config_of, with_tokenizer, write_pictures
+from tests.experiments.stand_ins_for_tests import WORDS, config_of, with_tokenizer, write_pictures
 
 compiled_once = test_finetune.compiled_once  # a fixture
 
