@@ -177,19 +177,20 @@ class Table:
 
     def write(self, workdir: pathlib.Path) -> None:
         """Writes all files into `workdir`."""
-        config, rows = self.config, rows_lib.with_normalised(self.rows)
+        config, labels = self.config, list(self.config.methods)
+        rows = sorted(rows_lib.with_normalised(self.rows), key=lambda row: (row.seed, labels.index(row.label)))
         rows_lib.check_same_protocol(rows)
         write_text(workdir / "result.jsonl", rows_lib.dumps(rows))
-        ordered = [row for label in config.methods for row in rows if row.label == label]
+        ordered = [row for label in labels for row in rows if row.label == label]
         parts = [f"# {config.name}", self._about(rows), report.table(ordered), report.differences(self.claims())]
         write_text(workdir / "report.md", "\n\n".join(parts) + "\n")
         tasks = list(rows[0].accuracy)
         mean_of = lambda label: np.mean([list(r.accuracy.values()) for r in rows if r.label == label], axis=0)
         figures.accuracy(
             workdir / "accuracy.png",
-            list(config.methods),
+            labels,
             tasks,
-            np.stack([mean_of(label) for label in config.methods]),
+            np.stack([mean_of(label) for label in labels]),
             title=f"Test accuracy (%), {config.name}, mean of {_seeds(rows)}",
         )
         for name, found in self.coefficients.items():

@@ -46,8 +46,9 @@ class AdaptiveMethod:
             raise ValueError(f"{self.name} has no setting {', '.join(map(repr, unknown))}{hint}; it has {allowed}")
         kinds = typing.get_type_hints(self.run)
         for key, value in settings.items():
-            if not _fits(value, kinds[key]):
-                raise ValueError(f"{self.name}: unknown {key} {value!r}; allowed: {', '.join(_allowed(kinds[key]))}")
+            kind = kinds.get(key, Any)
+            if not _fits(value, kind):
+                raise ValueError(f"{self.name}: unknown {key} {value!r}; allowed: {', '.join(_allowed(kind))}")
 
     def __call__(self, problem: Any, rows: Any, **settings: Any) -> Learned:
         """Runs the method, and notes in the result how, and in a checkpoint of which run it is.

@@ -69,6 +69,6 @@ def test_texts_have_no_crops():
         kind, tasks = "text", ("a", "b")
 
     with pytest.raises(ValueError, match="augment is for images"):
-        learning.check("atlas_ufm", {"augment": True}, Suite)
+        learning.check("a", "atlas_ufm", {"augment": True}, Suite)
     with pytest.raises(ValueError, match="budget=2, but the other tasks are 1"):
-        learning.check("atlas_few_shot", {"budget": 2}, Suite)
+        learning.check("b", "atlas_few_shot", {"budget": 2}, Suite)

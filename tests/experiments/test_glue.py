@@ -91,7 +91,7 @@ def test_flan_t5_writes_answers(pairs_of_sentences):
     assert protocol.endswith("/answers/published") and "glue_text_to_text" in protocol
     successors(recorded, at / "flan-t5-base_glue-rte", {start: 5}, size=3e38)
     config.suite.tasks = ("rte",)
-    with pytest.raises(ValueError, match=r"weight_average, seed 0, task rte: no score\. .*16 of 16 rows is NaN"):
+    with pytest.raises(ValueError, match=r"individual, seed 0, task rte: no score\. .*16 of 16 rows is NaN"):
         run(config, at / "results")
 
 
