@@ -16,7 +16,7 @@ SUITES = {"clip_small": clip_small, "text8": text8}
 
 
 def get_config(arg=None):
-    """Arguments: ``suite`` (clip_small, text8), ``source`` (the folder), ``seeds``, ``steps`` (20 or more), ``runlocal``."""
+    """Arguments: ``suite`` (clip_small, text8), its ``source`` folder, ``seeds``, ``steps`` (from 20), ``runlocal``."""
     arg = common.parse_arg(arg, suite="clip_small", source="data", seeds=3, steps=100, runlocal=False)
     if arg.suite not in SUITES:
         raise ValueError(f"suite={arg.suite!r}; allowed: {', '.join(SUITES)}")

@@ -56,9 +56,13 @@ class Found(NamedTuple):
 
 
 def settings_of(name: str) -> dict[str, Any]:
-    """The settings that a config may give a method, with their defaults; `ADAPT` for rows that are a setting."""
+    """The settings that a config may give a method, with their defaults; `ADAPT` for rows that are a setting.
+
+    ``pieces`` is that of `Loop`: a step in so many pieces takes less memory.
+    """
     card = registry.get(name).card
-    more = dict.fromkeys(NEGATION, "") if card.learns == "target and control" else {}
+    more = {"pieces": 1} if card.steps else {}
+    more |= dict.fromkeys(NEGATION, "") if card.learns == "target and control" else {}
     given = {key: value for key, value in registry.get(name).defaults.items() if key not in NOT_SETTINGS}
     if "adapt" in given:
         more["adapt"] = ADAPT[0]
@@ -92,7 +96,8 @@ def learn(
         for task, found in zip(names, each, strict=True):
             tables |= _tables(found, [other for other in names if other != task], task)
         return Found(results.per_task([found.params for found in each]), tables)
-    given = rows(bench, data, packed="tokens" not in card.sees)
+    whole_texts = "tokens" in card.sees or settings.get("pieces", 1) > 1
+    given = rows(bench, data, packed=not whole_texts)
     if teacher is not None:
         given = given._replace(targets=[{"features": features_Nxd} for features_Nxd in teacher])
     if name == "atlas" and settings.get("augment"):
@@ -129,7 +134,7 @@ def _one_by_one(
     """
     crops, best = settings.pop("augment", False), settings.get("keep") == "best"
     taken = [task.train for task in bench.tasks] if best else splits(bench, data)
-    given = plain = rows(bench, data, taken=taken)
+    given = plain = rows(bench, data, packed=settings.get("pieces", 1) == 1, taken=taken)
     if crops:
         given = cropped(bench, name, given, taken)
     if settings.get("select") == "feature":
@@ -155,8 +160,10 @@ def _run(
         show = lambda step, metrics: update(step, f"objective {metrics['loss'][-1]:.3f}")
         kept = checkpoint if registry.get(name).card.steps else None
         phase = lambda what, done, of: update(None, f"{what}: {done} of {of}")
-        loop = Loop(checkpoint=kept, on_start=begin, on_chunk=show, on_phase=phase)
-        found = registry.get(name)(problem, given, seed=bench.seed, loop=loop, **settings)
+        pieces = settings.get("pieces", 1)
+        loop = Loop(checkpoint=kept, on_start=begin, on_chunk=show, on_phase=phase, pieces=pieces)
+        of_method = {key: value for key, value in settings.items() if key != "pieces"}
+        found = registry.get(name)(problem, given, seed=bench.seed, loop=loop, **of_method)
         jax.block_until_ready(found.params)
     return found
 
@@ -239,6 +246,9 @@ def check(label: str, name: str, settings: dict[str, Any], suite: Any) -> None:
         registry.get(name).check(**{key: value for key, value in settings.items() if key in known})
     except ValueError as error:
         raise ValueError(f"config.settings.{label}: {error}") from None
+    pieces, per_task = settings.get("pieces", 1), {**known, **settings}.get("per_task", 0)
+    if not isinstance(pieces, int) or pieces < 1 or (isinstance(per_task, int) and per_task % pieces):
+        raise ValueError(f"{label}: pieces={pieces!r} must be a whole number that divides per_task, {per_task}")
     if settings.get("augment") and suite.kind != "image":
         raise ValueError(f"{name}: augment is for images; texts have no crops, leave it False (one view of every row)")
     if name == "atlas_few_shot" and settings.get("budget") is not None and settings["budget"] >= len(tasks):

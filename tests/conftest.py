@@ -1,16 +1,21 @@
 """Settings that must stand before jax starts.
 
 Eight CPU devices, so that sharded runs are tested without accelerators. Compilation without expensive optimisations,
-since tests compile hundreds of tiny programs and run each once, and compiled programs kept beside pytest's own cache:
+since tests compile thousands of tiny programs and run each once, and compiled programs kept beside pytest's own cache:
 the processes that tests run in share them. One thread a call of LAPACK: tests run side by side.
 """
 
+import importlib.metadata
 import os
 import pathlib
 
 import pytest
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+FLAGS = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    # Twice as fast to compile as the defaults; 0.12 knows the first no more.
+    FLAGS += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
+os.environ["XLA_FLAGS"] = " ".join(FLAGS)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 COMPILED = pathlib.Path(__file__).parent.parent / ".pytest_cache" / "compiled"

@@ -2,9 +2,9 @@
 
 Where a model scans over its layers, one layer is merged at a time *inside* that scan. `jax.checkpoint` around the merge
 keeps slices of the task vectors out of what is stored for the backward pass. The merged weights themselves are stored
-there unless the model's scan body stands under a `jax.checkpoint` of its own, with the policy ``dots_saveable``: then
-products of matrices are kept and weights merged again, and no whole merged model exists. Large embedding tables are
-merged only in the rows that are looked up.
+there unless the model's scan body stands under a `jax.checkpoint` of its own, with a policy that keeps products with
+weights (`taskvec.models.layers.REMAT`): then weights are merged again, and no whole merged model exists. Large
+embedding tables are merged only in the rows that are looked up.
 
 Peak temporary memory of a gradient (MiniLM, 22.7 M parameters, 8 tasks of 8 rows of 32 tokens, float32, CPU): whole
 merge 1432 MiB, merge in the scan 767, with the checkpointed body 419; 1.9 s each.

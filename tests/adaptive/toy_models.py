@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from taskvec.models import layers
+
 LAYERS, WIDTH, HIDDEN, VOCAB, POSITIONS = 3, 8, 16, 50, 6
 
 
@@ -49,6 +51,6 @@ def apply(weights: dict, batch: dict, *, layer_params=lambda layer: layer, check
         return x + jnp.tanh(x @ layer["mlp"]["up"] + layer["mlp"]["bias"][None, None]) @ layer["mlp"]["down"], None
 
     if checkpoint:
-        block = jax.checkpoint(block, policy=jax.checkpoint_policies.dots_saveable, prevent_cse=False)
+        block = jax.checkpoint(block, policy=layers.REMAT["dots"], prevent_cse=False)
     x, _ = jax.lax.scan(block, x, weights["blocks"])
     return {"features": x.mean(1) * weights["norm"]["scale"][None]}

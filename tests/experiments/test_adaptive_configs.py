@@ -112,6 +112,16 @@ def test_one_row_a_method_runs(name, label, stand_in, bench, done):
     assert run(bench, config, label, done).data_access == config.settings[label].data
 
 
+def test_pieces_change_nothing(bench, done):
+    settings = {"method": "adamerging", "steps": 2, "per_task": 4, "learning_rate": 0.1}
+    whole, halves = (runs.run(bench, "a_row", {**settings, "pieces": n}, done).coefficients[""] for n in (1, 2))
+    np.testing.assert_allclose(halves.values, whole.values, atol=1e-5)
+    assert np.ptp(whole.values) > 0.05
+    for wrong in (3, 0, 0.5):
+        with pytest.raises(ValueError, match=f"a_row: pieces={wrong} must be a whole number that divides per_task, 4"):
+            learning.check("a_row", "adamerging", {**settings, "pieces": wrong}, bench.config.suite)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_all_rows_run(name, stand_in, bench, done):

@@ -7,8 +7,8 @@
 * on disk: reading the input files once, from a warm page cache into one small buffer, and writing as many bytes as
   the result has, into the page cache.
 
-    python -m experiments.bench_floors memory '[["my row", "ties", {}]]'     # prints RESULT and JSON, floors by row
-    python -m experiments.bench_floors disk OUT_BYTES SCRATCH_FILE INPUT...
+    python -m benchmarks.floors memory '[["my row", "ties", {}]]'     # prints RESULT and JSON, floors by row
+    python -m benchmarks.floors disk OUT_BYTES SCRATCH_FILE INPUT...
 """
 
 import argparse
@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
-from experiments.bench_models import tower_shapes
+from benchmarks.models import tower_shapes
 
 BUFFER = 8 << 20
 

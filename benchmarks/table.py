@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from experiments.bench_rows import DISK, MEMORY
+from benchmarks.rows import DISK, MEMORY
 
 TITLES = {
     MEMORY: "(a) 8 fine-tuned vision towers (87.5 M parameters each) in memory, against FusionBench",

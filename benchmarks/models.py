@@ -1,10 +1,10 @@
 """Checkpoints to time merges on: random weights in the shapes of real models, and noisy copies of them.
 
-    python -m experiments.bench_models tower WORK       # WORK/ckpt/{base,t0..t7}.safetensors
-    python -m experiments.bench_models llama WORK       # WORK/models/f32/{base,ft0..ft3}, Hugging Face folders
-    python -m experiments.bench_models compare A B      # norms and largest difference of two models on disk
+    python -m benchmarks.models tower WORK       # WORK/ckpt/{base,t0..t7}.safetensors
+    python -m benchmarks.models llama WORK       # WORK/models/f32/{base,ft0..ft3}, Hugging Face folders
+    python -m benchmarks.models compare A B      # norms and largest difference of two models on disk
 
-`experiments.bench_merge` calls this where its work folder has no checkpoints. Names and shapes are those of
+`benchmarks.merge` calls this where its work folder has no checkpoints. Names and shapes are those of
 ``transformers``' CLIPVisionModel and LlamaForCausalLM, so that the peers open the same files.
 """
 

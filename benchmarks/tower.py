@@ -1,6 +1,6 @@
-"""One merge of models in memory, in a process of its own, for `experiments.bench_merge`.
+"""One merge of models in memory, in a process of its own, for `benchmarks.merge`.
 
-    python -m experiments.bench_tower WORK/ckpt ties --settings '{"density": 0.2}'
+    python -m benchmarks.tower WORK/ckpt ties --settings '{"density": 0.2}'
 
 Loads ``base`` and the fine-tuned copies into jax arrays, merges twice, and prints ``RESULT`` and a line of JSON:
 seconds of the first call (with compilation) and of the second, and the peak of resident memory during each, above

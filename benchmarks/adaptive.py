@@ -1,8 +1,8 @@
 """Seconds and memory of adaptive merging: a step of layer-wise AdaMerging, and what it is made of.
 
-    python -m experiments.bench_adaptive b32 [--tasks 8 --per-task 16 --pieces 2 --tau bfloat16 --compute bfloat16]
-    python -m experiments.bench_adaptive b32 --peers SCRIPTS --work WORK --fusionbench PYTHON --repeats 2
-    python -m experiments.bench_adaptive minilm | sentences | surgery
+    python -m benchmarks.adaptive b32 [--tasks 8 --per-task 16 --pieces 2 --tau bfloat16 --compute bfloat16]
+    python -m benchmarks.adaptive b32 --peers SCRIPTS --work WORK --fusionbench PYTHON --repeats 2
+    python -m benchmarks.adaptive minilm | sentences | surgery
 
 Cases: ``b32`` is CLIP's ViT-B/32 image tower (87.5 M parameters), ``l14`` its large one, ``minilm`` the MiniLM-L6
 encoder on 48 tokens (no padding), ``sentences`` the same on sentences of 3 to 48 tokens, 22 on average as in eight sets
@@ -31,7 +31,8 @@ import numpy as np
 import rich
 import rich.table
 
-from experiments import bench_finetune, bench_peers, bench_tower, pretrain
+from benchmarks import finetune, peers, tower
+from experiments import pretrain
 from taskvec import tree as trees
 from taskvec.adaptive import adamerging, objectives, rows as rows_lib
 from taskvec.adaptive.fit import Loop
@@ -43,10 +44,10 @@ from taskvec.training import heads as heads_lib
 
 LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 CASES = {
-    "b32": bench_finetune.CLIP,
-    "l14": {**bench_finetune.CLIP, **LARGE, "patch_size": 14},
-    "minilm": bench_finetune.MINILM,
-    "sentences": bench_finetune.MINILM,
+    "b32": finetune.CLIP,
+    "l14": {**finetune.CLIP, **LARGE, "patch_size": 14},
+    "minilm": finetune.MINILM,
+    "sentences": finetune.MINILM,
 }
 CLASSES = (397, 196, 45, 10, 10, 43, 10, 47)  # of the eight image tasks
 TOKENS = 48
@@ -75,11 +76,11 @@ def main() -> None:
         f"--{name.replace('_', '-')}={getattr(args, name)}"
         for name in ("tasks", "per_task", "steps", "pieces", "tau", "compute")
     ]
-    command = [sys.executable, "-m", "experiments.bench_adaptive", args.case, *own, "--run"]
-    sides = {"taskvec": lambda: bench_peers.watch(command)}
+    command = [sys.executable, "-m", "benchmarks.adaptive", args.case, *own, "--run"]
+    sides = {"taskvec": lambda: peers.watch(command)}
     if args.peers:
         script, env = args.peers / "b_ada.py", {"PEERS_DIR": str(args.work), "PYTHONPATH": str(args.peers)}
-        sides["FusionBench"] = lambda: _peer(bench_peers.watch([args.fusionbench, script, args.steps + 1], env))
+        sides["FusionBench"] = lambda: _peer(peers.watch([args.fusionbench, script, args.steps + 1], env))
     found = {name: [] for name in sides}
     for _ in range(args.repeats):
         for name, side in sides.items():
@@ -105,12 +106,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     ours = []
     jax.block_until_ready((problem.theta0, problem.tau))
     gc.collect()
-    held = bench_tower.memory("VmRSS")
+    held = tower.memory("VmRSS")
     loop = Loop(chunk=1, pieces=args.pieces, on_chunk=lambda step, metrics: ours.append(time.perf_counter()))
     pathlib.Path("/proc/self/clear_refs").write_text("5")
     start = time.perf_counter()
     adamerging(problem, rows, steps=args.steps + 1, per_task=args.per_task, loop=loop)
-    peak = bench_tower.memory("VmHWM")
+    peak = tower.memory("VmHWM")
     steps = np.diff([start, *ours])
     plains = []
     for _ in range(min(args.steps, 4) + 1):
@@ -145,7 +146,7 @@ def made(args: argparse.Namespace) -> tuple[Problem, rows_lib.Rows]:
 
 def random_rows(args: argparse.Namespace, fields: dict[str, Any]) -> rows_lib.Rows:
     """Twice as many rows as a step takes."""
-    one = lambda: jax.tree.map(np.asarray, bench_finetune.random_batch(fields, 2 * args.per_task, TOKENS))
+    one = lambda: jax.tree.map(np.asarray, finetune.random_batch(fields, 2 * args.per_task, TOKENS))
     return rows_lib.arrays([one() for _ in range(args.tasks)])
 
 

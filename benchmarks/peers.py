@@ -122,8 +122,8 @@ def _last_words(*texts: str) -> str:
 
 
 def own(module: str, *arguments: Any, must: bool = True) -> dict[str, Any]:
-    """Runs ``python -m experiments.MODULE`` beside this process, which stays small; raises on errors if it `must`."""
-    found = watch([sys.executable, "-m", f"experiments.{module}", *arguments], {"JAX_PLATFORMS": "cpu"})
+    """Runs ``python -m benchmarks.MODULE`` beside this process, which stays small; raises on errors if it `must`."""
+    found = watch([sys.executable, "-m", f"benchmarks.{module}", *arguments], {"JAX_PLATFORMS": "cpu"})
     if must and "error" in found:
         raise RuntimeError(f"{module} {' '.join(map(str, arguments[:3]))} failed: {found['error']}")
     return found
@@ -131,7 +131,7 @@ def own(module: str, *arguments: Any, must: bool = True) -> dict[str, Any]:
 
 def ours_in_memory(folder: pathlib.Path, method: str, settings: dict, tasks: int, limit: float) -> dict[str, Any]:
     """One method of ours on the vision towers."""
-    command = [sys.executable, "-m", "experiments.bench_tower", folder, method, "--settings", json.dumps(settings)]
+    command = [sys.executable, "-m", "benchmarks.tower", folder, method, "--settings", json.dumps(settings)]
     return watch([*command, "--tasks", tasks], {"JAX_PLATFORMS": "cpu"}, limit)
 
 

@@ -1,6 +1,6 @@
 """Seconds that every adaptive method compiles for on CLIP's ViT-B/32 tower with eight tasks.
 
-    python -m experiments.bench_compile [--case minilm] [--only adamerging,fw_soft]
+    python -m benchmarks.compile [--case minilm] [--only adamerging,fw_soft]
 
 Each method runs its shortest form (a step, a round, an epoch, a row per task), in a process of its own, without
 programs kept from earlier runs. Compilation does not depend on the number of steps. Printed are the seconds of the
@@ -19,7 +19,8 @@ import numpy as np
 import rich
 import rich.table
 
-from experiments import bench_adaptive, bench_peers, learning
+from benchmarks import adaptive, peers
+from experiments import learning
 from taskvec.adaptive import registry, rows as rows_lib
 from taskvec.adaptive.learn import Problem, heads_of
 
@@ -34,7 +35,7 @@ COLUMNS = ("seconds", "compiling", "programs", "over_a_second", "second_task")
 def main() -> None:
     """Prints a table, or with ``--run`` one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", choices=tuple(bench_adaptive.CASES), default="b32")
+    parser.add_argument("--case", choices=tuple(adaptive.CASES), default="b32")
     parser.add_argument("--only", type=lambda text: text.split(","), default=sorted(registry.methods()))
     parser.add_argument("--run", action="store_true", help="the one method of --only, in this process")
     args = parser.parse_args()
@@ -43,8 +44,8 @@ def main() -> None:
         return
     found = {}
     for name in args.only:
-        command = [sys.executable, "-m", "experiments.bench_compile", "--case", args.case, "--only", name, "--run"]
-        found[name] = bench_peers.watch(command)
+        command = [sys.executable, "-m", "benchmarks.compile", "--case", args.case, "--only", name, "--run"]
+        found[name] = peers.watch(command)
         rich.print(name, found[name])
     table = rich.table.Table("method", *COLUMNS)
     for name, values in found.items():
@@ -86,7 +87,7 @@ def run(case: str, name: str) -> dict[str, Any]:
 def arranged(name: str, case: str) -> list[tuple[Problem, rows_lib.Rows]]:
     """The problem and the rows that a method takes; of two tasks where it runs for one after the other."""
     args = argparse.Namespace(case=case, tasks=8, per_task=1, tau="float32", compute="float32")
-    problem, rows = bench_adaptive.made(args)
+    problem, rows = adaptive.made(args)
     card = registry.get(name).card
     if card.data == "few labelled" or "pairs" in card.sees:
         rows = rows._replace(labels=[np.arange(count) % 2 for count in rows.counts])

@@ -1,7 +1,7 @@
 """Speed and memory of merges: ours, FusionBench and MergeKit in one run, beside what the machine allows.
 
-    python -m experiments.bench_merge --work bench_work                            # ours and the floors alone
-    python -m experiments.bench_merge --work bench_work --peers SCRIPTS \\
+    python -m benchmarks.merge --work bench_work                            # ours and the floors alone
+    python -m benchmarks.merge --work bench_work --peers SCRIPTS \\
         --fusionbench FB_ENV/bin/python --mergekit MK_ENV/bin/python
 
 Part ``memory``: 8 fine-tuned copies of a CLIP-ViT-B/32-sized vision tower, already in memory, a fresh process for every
@@ -28,8 +28,8 @@ from typing import Any
 import yaml
 
 # No jax here or below: one of the peers needs nearly all memory, so the process that waits for it stays small.
-from experiments import bench_peers, bench_rows, bench_table
-from experiments.bench_rows import DISK, MEMORY, Row
+from benchmarks import peers as peers_lib, rows as rows_lib, table as table_lib
+from benchmarks.rows import DISK, MEMORY, Row
 
 TASKS = 8  # fine-tuned towers of part (a)
 DTYPES = {"f32": "float32", "bf16": "bfloat16"}
@@ -38,9 +38,9 @@ DTYPES = {"f32": "float32", "bf16": "bfloat16"}
 def main(argv: list[str] | None = None) -> None:
     """Runs the rows asked for and writes the tables."""
     args = arguments(argv)
-    rows = bench_rows.chosen(args.part, args.only)
+    rows = rows_lib.chosen(args.part, args.only)
     work = args.work.absolute() / ("small" if args.small else "")
-    peers = bench_peers.Peers(args.fusionbench, args.mergekit, args.peers, work)
+    peers = peers_lib.Peers(args.fusionbench, args.mergekit, args.peers, work)
     earlier = json.loads(args.peers_from.read_text(encoding="utf-8")) if args.peers_from else {"rows": []}
     options = {"small": args.small, "dtype": args.dtype, "repeats": args.repeats, "ours": args.ours_options}
     found = {"machine": machine(), "versions": versions() | peers.versions(), "options": options, "rows": []}
@@ -58,10 +58,10 @@ def main(argv: list[str] | None = None) -> None:
         if row.known and not made_here[row.part]:
             result["known norm"] = row.known
         found["rows"].append({"part": row.part, "name": row.name, "goal": row.goal, "note": row.note, **result})
-        say(bench_table.line(found["rows"][-1]))
+        say(table_lib.line(found["rows"][-1]))
         write_text(args.out.with_suffix(".json"), json.dumps(found, indent=1) + "\n")
-        write_text(args.out.with_suffix(".md"), bench_table.markdown(found))
-    print(bench_table.markdown(found))
+        write_text(args.out.with_suffix(".md"), table_lib.markdown(found))
+    print(table_lib.markdown(found))
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -69,7 +69,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     path = pathlib.Path
     parser.add_argument("--work", type=path, required=True, help="folder for checkpoints and outputs")
-    parser.add_argument("--out", type=path, default=path("results/bench_merge"), help="OUT.json and OUT.md")
+    parser.add_argument("--out", type=path, default=path("results/merge"), help="OUT.json and OUT.md")
     parser.add_argument("--part", choices=(MEMORY, DISK), help="both unless given")
     parser.add_argument("--only", type=lambda text: text.split(","), default=[], help="rows, e.g. ties,model_stock")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each side")
@@ -110,7 +110,7 @@ def versions() -> dict[str, str]:
     return {"ours": f"Python {platform.python_version()}, {own}"}
 
 
-def ready(part: str, args: argparse.Namespace, work: pathlib.Path, peers: bench_peers.Peers) -> bool:
+def ready(part: str, args: argparse.Namespace, work: pathlib.Path, peers: peers_lib.Peers) -> bool:
     """Makes the checkpoints of a part if they are absent; returns whether they were made here, not by a peer."""
     folder = work / "ckpt" if part == MEMORY else work / "models" / args.dtype
     marker = folder / "made_by_numpy"
@@ -121,9 +121,9 @@ def ready(part: str, args: argparse.Namespace, work: pathlib.Path, peers: bench_
             marker.touch()
             small = ["--small"] if args.small else []
             if part == MEMORY:
-                bench_peers.own("bench_models", "tower", work, "--tasks", TASKS, *small)
+                peers_lib.own("models", "tower", work, "--tasks", TASKS, *small)
             else:
-                bench_peers.own("bench_models", "llama", work, "--dtype", args.dtype, *small)
+                peers_lib.own("models", "llama", work, "--dtype", args.dtype, *small)
     return marker.exists()
 
 
@@ -163,35 +163,35 @@ def floors_in_memory(rows: list[Row], small: bool) -> dict[str, dict]:
     if not asked:
         return {"rates": {}, "floors": {}}
     more = ["--tasks", TASKS, *(["--small"] if small else [])]
-    return bench_peers.own("bench_floors", "memory", json.dumps(asked), *more)
+    return peers_lib.own("floors", "memory", json.dumps(asked), *more)
 
 
-def in_memory(row: Row, args: argparse.Namespace, work: pathlib.Path, peers: bench_peers.Peers) -> dict[str, Any]:
+def in_memory(row: Row, args: argparse.Namespace, work: pathlib.Path, peers: peers_lib.Peers) -> dict[str, Any]:
     """A row of part (a)."""
     with_peer = peers.fusionbench and row.peer
     sides = {
         "peer": (lambda: peers.in_memory(row.peer, TASKS, args.limit)) if with_peer else None,
-        "ours": lambda: bench_peers.ours_in_memory(work / "ckpt", row.method, row.settings, TASKS, args.limit),
+        "ours": lambda: peers_lib.ours_in_memory(work / "ckpt", row.method, row.settings, TASKS, args.limit),
     }
     return {"settings": row.settings, **alternate(sides, args)}
 
 
-def on_disk(row: Row, args: argparse.Namespace, work: pathlib.Path, peers: bench_peers.Peers) -> dict[str, Any]:
+def on_disk(row: Row, args: argparse.Namespace, work: pathlib.Path, peers: peers_lib.Peers) -> dict[str, Any]:
     """A row of part (b)."""
     models, outs = work / "models" / args.dtype, {name: work / "out" / name for name in ("ours", "peer")}
-    content = bench_rows.recipe(row, models, DTYPES[args.dtype])
+    content = rows_lib.recipe(row, models, DTYPES[args.dtype])
     path = work / "recipes" / f"{row.method}.{args.dtype}.yml"
     write_text(path, yaml.safe_dump(content, sort_keys=False))
-    files = [file for folder in bench_rows.inputs(row, models) for file in folder.glob("*.safetensors")]
+    files = [file for folder in rows_lib.inputs(row, models) for file in folder.glob("*.safetensors")]
     out_bytes = sum(file.stat().st_size for file in (models / "ft0").glob("*.safetensors"))
-    floor = bench_peers.own("bench_floors", "disk", out_bytes, work / "floor.tmp", *files)  # warms the page cache, too
+    floor = peers_lib.own("floors", "disk", out_bytes, work / "floor.tmp", *files)  # warms the page cache, too
     cache = work / "cache"
 
     def run(name: str) -> dict:
         shutil.rmtree(outs[name], ignore_errors=True)
         if name == "peer":
             return peers.on_disk(path, outs[name], args.limit)
-        return bench_peers.ours_on_disk(path, outs[name], cache, args.ours_options, args.limit)
+        return peers_lib.ours_on_disk(path, outs[name], cache, args.ours_options, args.limit)
 
     shutil.rmtree(cache, ignore_errors=True)
     cold = run("ours")
@@ -202,7 +202,7 @@ def on_disk(row: Row, args: argparse.Namespace, work: pathlib.Path, peers: bench
     result = {"settings": content, **alternate(sides, args), "cold": cold, "floor": floor}
     there = [name for name in outs if result[name] and "error" not in result[name]]
     if there:
-        result["compared"] = bench_peers.own("bench_models", "compare", *(outs[name] for name in there), must=False)
+        result["compared"] = peers_lib.own("models", "compare", *(outs[name] for name in there), must=False)
         result["largest difference"] = result["compared"].get("largest_difference")
         for name, norm in zip(there, result["compared"].get("norms", []), strict=False):
             result[name]["norms"] = [norm]

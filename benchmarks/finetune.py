@@ -1,7 +1,7 @@
 """Seconds of one fine-tuning step, ours and PyTorch's, taken in turns on the same machine.
 
-    python -m experiments.bench_finetune --peer PYTHON [--only clip_b32,minilm] [--repeats 9]
-    python -m experiments.bench_finetune --only clip_b32 --rows 128 --dtype bfloat16
+    python -m benchmarks.finetune --peer PYTHON [--only clip_b32,minilm] [--repeats 9]
+    python -m benchmarks.finetune --only clip_b32 --rows 128 --dtype bfloat16
 
 PYTHON is that of an environment with torch and transformers; without it only ours and the floor are timed. A step is
 forward and backward of the whole encoder under a frozen head, clipping and AdamW, on random rows, 32 unless ``--rows``

@@ -1,6 +1,6 @@
 """How busy decoding keeps the cores: JPEG files through CLIP's training crops, by one thread and by all.
 
-    python -m experiments.bench_decode [--images 400 --pixels 500 --repeats 3]
+    python -m benchmarks.decode [--images 400 --pixels 500 --repeats 3]
 
 Pictures are smooth noise, which compresses about as photographs do. Printed for each number of threads: rows per
 second, and CPU seconds by seconds, the cores that were busy; medians of runs in turns.
