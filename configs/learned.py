@@ -13,6 +13,8 @@ Adam moves a coefficient by 0.5 at most in any number of ``steps``, as in AdaMer
 from configs import adaptive, clip_small, common, text8
 
 SUITES = {"clip_small": clip_small, "text8": text8}
+PER_TASK = {"clip_small": 16, "text8": 8}  # rows of a task in a step
+SHOTS = {"clip_small": 100, "text8": 32}  # labelled rows of a task that Frank-Wolfe and Sens-Merging take gradients of
 
 
 def get_config(arg=None):
@@ -23,17 +25,17 @@ def get_config(arg=None):
     if arg.steps < 20:
         raise ValueError(f"steps={arg.steps}: 20 at least, with which the shortest row has one epoch")
     config = SUITES[arg.suite].get_config(f"source={arg.source},seeds={arg.seeds},runlocal={arg.runlocal}")
-    config = adaptive.table(config, f"learned_{arg.suite}", rows(arg.steps, 16 if arg.suite == "clip_small" else 8))
+    config = adaptive.table(config, f"learned_{arg.suite}", rows(arg.steps, PER_TASK[arg.suite], SHOTS[arg.suite]))
     config.claims = (("weight_average", "tsv_m"), ("tsv_m", "adamerging"), ("adamerging", "symerge"))
     return common.shrink(config) if arg.runlocal else config
 
 
-def rows(steps: int, per_task: int) -> adaptive.Rows:
+def rows(steps: int, per_task: int, shots: int) -> adaptive.Rows:
     """The rows of the table."""
     run = {"steps": steps, "per_task": per_task, "learning_rate": 0.5 / steps}
     mask = {**run, "learning_rate": 2 / steps}
     turns = {"rounds": steps // 4, "per_task": per_task, "learning_rate": 1 / steps, "head_learning_rate": 1e-2}
-    turned = {"rounds": 3, "shots": 100, **run, "steps": steps // 3}
+    turned = {"rounds": 3, "shots": shots, **run, "steps": steps // 3}
     epochs = {"epochs": steps // 10, "keep": "last"}
     test, train = {"data": "unlabelled test"}, {"data": "unlabelled train"}
     correction = {"on": "tsv_m", "rank": 16, "steps": 1000, "learning_rate": 1e-3}
@@ -59,10 +61,10 @@ def rows(steps: int, per_task: int) -> adaptive.Rows:
         "self_positioning": {"steps": steps // 2, "per_set": per_task, "data": "few labelled"},
         "atlas": {**epochs, "per_task": per_task, "learning_rate": 1 / steps},
         "supermerge": {**run},
-        "fw_hard": {"shots": 100},
+        "fw_hard": {"shots": shots},
         "fw_soft": {**turned, "adapt": "unlabelled test"},
         "fw_soft_inductive": {"method": "fw_soft", **turned, "adapt": "unlabelled train"},
-        "sens_merging": {},
+        "sens_merging": {"shots": shots},
         "atlas_few_shot": {**epochs, "batch_size": 32, "learning_rate": 5 / steps},
         "atlas_ufm": {"epochs": steps // 20, "batch_size": 32, "learning_rate": 0.5 / steps, **test},
         "lorahub": {"budget": 40, "factors": False},

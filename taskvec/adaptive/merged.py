@@ -1,7 +1,8 @@
 """Running a model on merged weights without holding the whole merged model.
 
-Where a model scans over its layers, one layer is merged at a time *inside* that scan. `jax.checkpoint` around the merge
-keeps slices of the task vectors out of what is stored for the backward pass. The merged weights themselves are stored
+Where a model scans over its layers, one layer is merged at a time *inside* that scan, from task vectors that stay where
+they are (`parametrisation.LayerOf`). `jax.checkpoint` around the merge keeps what it makes out of what is stored for
+the backward pass. The merged weights themselves are stored
 there unless the model's scan body stands under a `jax.checkpoint` of its own, with a policy that keeps products with
 weights (`taskvec.models.layers.REMAT`): then weights are merged again, and no whole merged model exists. Large
 embedding tables are merged only in the rows that are looked up.
@@ -19,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from taskvec import tree as trees
-from taskvec.adaptive.parametrisation import LowRank, Parametrisation, check_task_axes
+from taskvec.adaptive.parametrisation import LayerOf, LowRank, Parametrisation, check_task_axes
 from taskvec.training.trainable import linearised
 from taskvec.tree import Tree
 
@@ -68,6 +69,20 @@ class LazyTable:
         return self.__jax_array__().T
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class InStack:
+    """Stands for task vectors ``[L, T, ...]`` among what a scan over layers slices.
+
+    Attributes:
+      layer: ``[L]`` numbers of the layers; of one of them in the scan.
+      path: which stack.
+    """
+
+    layer: Array
+    path: str = dataclasses.field(metadata={"static": True})
+
+
 def is_table(path: str, shape: tuple[int, ...]) -> bool:
     """The default of `merged_apply`'s `lazy`: matrices outside the blocks with at least 8192 rows."""
     return not trees.is_stacked(path) and len(shape) == 2 and shape[0] >= TABLE_ROWS
@@ -105,11 +120,6 @@ def merged_apply(
     def tangent(learnables, weights, batch, key=None, **options):
         return linearised(apply_fn, weights[0])(parametrisation.merge(*weights, learnables, key), batch, **options)
 
-    # Forward and backward of a scan are two loops, between which nothing can be common: no barriers are needed.
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def merge_layer(layer):
-        return jax.tree.map(parametrisation.merge_tensor, layer["theta0"], layer["tau"], layer["factor"])
-
     def leaf(path, theta0, tau, factor):
         if lazy(path, theta0.shape) and getattr(factor, "ndim", None) == 1 and not isinstance(tau, LowRank):
             return LazyTable(theta0, tau, factor, parametrisation.merge_tensor)
@@ -117,7 +127,27 @@ def merged_apply(
 
     def layer_by_layer(learnables, weights, batch, key=None, **options):
         check_task_axes(*weights)
-        params = packed(leaf, *weights, parametrisation.spread(learnables, key))
+        theta0, tau = weights
+        stacks = {}
+
+        def numbered(path, base, vectors):
+            if isinstance(vectors, LowRank) or not trees.is_stacked(path):
+                return vectors
+            stacks[path] = vectors
+            return InStack(jnp.arange(len(base)), path)
+
+        tau = trees.map_with_path(numbered, theta0, tau)
+
+        def read(x):
+            return LayerOf(stacks[x.path], x.layer) if isinstance(x, InStack) else x
+
+        # Forward and backward of a scan are two loops, between which nothing can be common: no barriers are needed.
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def merge_layer(layer):
+            vectors = jax.tree.map(read, layer["tau"], is_leaf=lambda x: isinstance(x, InStack))
+            return jax.tree.map(parametrisation.merge_tensor, layer["theta0"], vectors, layer["factor"])
+
+        params = packed(leaf, theta0, tau, parametrisation.spread(learnables, key))
         return apply_fn(params, batch, layer_params=merge_layer, **options)
 
     return tangent if linear else layer_by_layer if scanned else whole

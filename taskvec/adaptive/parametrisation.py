@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from taskvec import tree as trees
@@ -19,6 +20,30 @@ from taskvec.tree import Tree
 from taskvec.vectors import LowRank
 
 Array = jax.Array
+
+
+class LayerOf(NamedTuple):
+    """Task vectors ``[T, ...]`` of one layer that stay in their stack, to be read from there one after the other.
+
+    A scan over layers would copy its slices, twice as many bytes as all tasks' vectors of the layer have.
+
+    Attributes:
+      stack: ``[L, T, ...]``.
+      layer: number of the layer.
+    """
+
+    stack: Array
+    layer: Array
+
+    def some(self, start: Any, count: int) -> Array:
+        """`count` tasks from `start` on: ``[count, ...]``."""
+        of_entries = self.stack.shape[2:]
+        at = (self.layer, start, *(0 for _ in of_entries))
+        return jax.lax.dynamic_slice(self.stack, at, (1, count, *of_entries))[0]
+
+    def whole(self) -> Array:
+        """A copy of all of them."""
+        return self.some(0, self.stack.shape[1])
 
 
 class Parametrisation(NamedTuple):
@@ -43,6 +68,8 @@ class Parametrisation(NamedTuple):
 
     def merge_tensor(self, theta0: Array, tau: Any, factor: Any) -> Array:
         """Merges one per-layer tensor in `theta0`'s dtype; integer and boolean tensors are copied from `theta0`."""
+        if isinstance(tau, LayerOf) and self.combine is not weighted_sum:
+            tau = tau.whole()
         return self.combine(theta0, tau, factor).astype(theta0.dtype) if trees.is_float(theta0) else theta0
 
     def merge(self, theta0: Tree, tau: Tree, learnables: Tree, key: Any = None) -> Tree:
@@ -106,12 +133,16 @@ def weighted_sum(theta0: Array, tau: Any, coef: Array) -> Array:
 
     Args:
       theta0: ``[...]``.
-      tau: ``[T, ...]``, or `LowRank`.
+      tau: ``[T, ...]``, `LowRank` or `LayerOf`.
       coef: ``[T]``; ``[T, ...]`` for one coefficient per entry (products of `LowRank` are then made, one at a time);
         ``[T, r]`` for one a rank of `LowRank`.
     """
     dtype = jnp.promote_types(theta0.dtype, jnp.float32)
     total, coef = theta0.astype(dtype), coef.astype(dtype)
+    if isinstance(tau, LayerOf):
+        if coef.ndim == 1 and theta0.ndim > 1:
+            return _of_layer(total, *tau, coef)
+        tau = tau.whole()
     if isinstance(tau, LowRank) and coef.ndim == 3:
         one = lambda acc, x: (acc + x[0] * (x[1].astype(dtype) @ x[2].astype(dtype)), None)
         return jax.lax.scan(one, total, (coef, tau.up, tau.down))[0]
@@ -153,6 +184,46 @@ def _derivative(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
 
 
 _one_a_task.defjvp(_derivative, symbolic_zeros=True)
+
+
+@jax.custom_jvp
+def _of_layer(total: Array, stack: Array, layer: Array, coef: Array) -> Array:
+    """`_summed` for a `LayerOf`: one pass over the layer's part of the stack, without a copy of it."""
+    one = lambda t: LayerOf(stack, layer).some(t, 1)[0].astype(total.dtype)
+    if len(coef) <= UNROLL:
+        for t in range(len(coef)):
+            total = total + coef[t] * one(t)
+        return total
+    step = lambda acc, x: (acc + x[0] * one(x[1]), None)
+    return jax.lax.scan(step, total, (coef, jnp.arange(len(coef))))[0]
+
+
+def _derivative_of_layer(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    total, stack, layer, coef = primals
+    by_total, by_stack, _, by_coef = (None if isinstance(x, SymbolicZero) else x for x in tangents)
+    out = jnp.zeros_like(total) if by_total is None else by_total
+    if by_coef is not None:
+        # Products of a few rows by a vector, as in `_derivative`; what is copied out of the stack for them are these
+        # rows, on CPU. Accelerators, which have the memory, take all of them in one product.
+        count = min(len(coef), 2) if jax.default_backend() == "cpu" else len(coef)
+        start_P = np.minimum(np.arange(0, len(coef), count), len(coef) - count)
+        task_PxC = start_P[:, None] + np.arange(count)
+        first_PxC = np.unique(task_PxC, return_index=True)[1]  # the last rows may overlap with those before
+        counted = np.isin(np.arange(task_PxC.size), first_PxC).reshape(task_PxC.shape)
+
+        @jax.checkpoint  # of which only the stack itself is kept for the backward pass
+        def part(by_C: Array, start: Array) -> Array:
+            flat_Cxn = LayerOf(stack, layer).some(start, count).reshape(count, -1).astype(total.dtype)
+            return jnp.dot(by_C, flat_Cxn, precision=jax.lax.Precision.HIGHEST).reshape(total.shape)
+
+        by_PxC = jnp.where(counted, by_coef[task_PxC], 0.0)
+        out = jax.lax.scan(lambda acc, x: (acc + part(*x), None), out, (by_PxC, start_P))[0]
+    if by_stack is not None:
+        out = out + _of_layer(jnp.zeros_like(total), by_stack, layer, coef)
+    return _of_layer(total, stack, layer, coef), out
+
+
+_of_layer.defjvp(_derivative_of_layer, symbolic_zeros=True)
 
 
 def tensor_numbers(theta0: Tree) -> Tree:

@@ -29,8 +29,10 @@ from taskvec.training import heads as heads_lib
 from taskvec.tree import Groups, Tree
 
 
-def sensitivities(problem: Problem, rows: Rows, groups: Groups, loop: Loop = Loop()) -> np.ndarray:
-    """``s`` of the module's docstring: ``[T, G]``, one backward pass per row."""
+def sensitivities(
+    problem: Problem, rows: Rows, groups: Groups, shots: int | None = None, loop: Loop = Loop()
+) -> np.ndarray:
+    """``s`` of the module's docstring: ``[T, G]``, one backward pass per row of the first `shots` of a task."""
     ids = [np.asarray(x) for x in jax.tree.leaves(groups.ids)]
 
     def loss(floats, others, head, batch):
@@ -57,7 +59,8 @@ def sensitivities(problem: Problem, rows: Rows, groups: Groups, loop: Loop = Loo
     for t, count in enumerate(rows.counts):
         params, head = expert(problem, t), heads_of(problem.heads, [t])
         plain = rows._replace(targets=None)
-        numbers = loop.phase(f"sensitivities of task {t + 1} of {len(rows.counts)}", range(count))
+        taken = range(count if shots is None else min(shots, count))
+        numbers = loop.phase(f"sensitivities of task {t + 1} of {len(rows.counts)}", taken)
         each = [np.asarray(one(params, head, plain.batch([np.array([i])], [t]))) for i in numbers]
         found.append(np.mean(each, axis=0, dtype=np.float64))
     return np.stack(found)
@@ -97,6 +100,7 @@ def sens_merging(
     mode: trees.GroupMode = "block",
     cross_task: Literal["distance"] | None = "distance",
     temperature: float = 1.0,
+    shots: int | None = 100,
     seed: int = 0,
     loop: Loop = Loop(),
 ) -> Learned:
@@ -104,10 +108,12 @@ def sens_merging(
 
     Args:
       problem: what is merged.
-      rows: labelled; the third party's program takes up to 100 a task.
+      rows: labelled.
       mode: what a layer is, of `taskvec.tree.groups`.
       cross_task: ``distance``, or ``None`` for 1 in the place of rho.
       temperature: of the softmax over tasks.
+      shots: rows of a task, the first ones, that gradients are taken of, as the third party's program does; ``None``
+        for all. The second factor sees all rows.
       seed: not used; nothing is drawn.
       loop: of `on_phase`; nothing is iterated.
 
@@ -120,7 +126,7 @@ def sens_merging(
     loop.refuse("sens_merging", **dict.fromkeys(("checkpoint", "evaluate", "place", "pieces"), "it takes no steps"))
     parts.check_labels(rows, "sens_merging")
     groups = trees.groups(problem.theta0, mode)
-    s_TxG = sensitivities(problem, rows, groups, loop)
+    s_TxG = sensitivities(problem, rows, groups, shots, loop)
     alpha_TxG = s_TxG / np.maximum(np.linalg.norm(s_TxG, axis=1, keepdims=True), 1e-30)
     rho_T = np.ones(problem.num_tasks)
     if cross_task is not None and problem.num_tasks > 1:
