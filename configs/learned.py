@@ -13,8 +13,8 @@ Adam moves a coefficient by 0.5 at most in any number of ``steps``, as in AdaMer
 from configs import adaptive, clip_small, common, text8
 
 SUITES = {"clip_small": clip_small, "text8": text8}
-PER_TASK = {"clip_small": 16, "text8": 8}  # rows of a task in a step
-SHOTS = {"clip_small": 100, "text8": 32}  # labelled rows of a task that Frank-Wolfe and Sens-Merging take gradients of
+# Rows of a task: in a step; that Frank-Wolfe takes gradients of; that Sens-Merging does (None: all held-out ones).
+SIZES = {"clip_small": (16, 100, None), "text8": (8, 32, 32)}
 
 
 def get_config(arg=None):
@@ -25,12 +25,12 @@ def get_config(arg=None):
     if arg.steps < 20:
         raise ValueError(f"steps={arg.steps}: 20 at least, with which the shortest row has one epoch")
     config = SUITES[arg.suite].get_config(f"source={arg.source},seeds={arg.seeds},runlocal={arg.runlocal}")
-    config = adaptive.table(config, f"learned_{arg.suite}", rows(arg.steps, PER_TASK[arg.suite], SHOTS[arg.suite]))
+    config = adaptive.table(config, f"learned_{arg.suite}", rows(arg.steps, *SIZES[arg.suite]))
     config.claims = (("weight_average", "tsv_m"), ("tsv_m", "adamerging"), ("adamerging", "symerge"))
     return common.shrink(config) if arg.runlocal else config
 
 
-def rows(steps: int, per_task: int, shots: int) -> adaptive.Rows:
+def rows(steps: int, per_task: int, shots: int, calibration: int | None) -> adaptive.Rows:
     """The rows of the table."""
     run = {"steps": steps, "per_task": per_task, "learning_rate": 0.5 / steps}
     mask = {**run, "learning_rate": 2 / steps}
@@ -64,7 +64,7 @@ def rows(steps: int, per_task: int, shots: int) -> adaptive.Rows:
         "fw_hard": {"shots": shots},
         "fw_soft": {**turned, "adapt": "unlabelled test"},
         "fw_soft_inductive": {"method": "fw_soft", **turned, "adapt": "unlabelled train"},
-        "sens_merging": {"shots": shots},
+        "sens_merging": {"shots": calibration},
         "atlas_few_shot": {**epochs, "batch_size": 32, "learning_rate": 5 / steps},
         "atlas_ufm": {"epochs": steps // 20, "batch_size": 32, "learning_rate": 0.5 / steps, **test},
         "lorahub": {"budget": 40, "factors": False},

@@ -10,6 +10,7 @@ import pytest
 import taskvec as tv
 from taskvec import tree as trees
 from taskvec.adaptive.coefficients import clip01, coefficients, effective
+from taskvec.adaptive.parametrisation import LayerOf, weighted_sum
 from taskvec.models import clip
 from tests.models_for_tests import random_models
 
@@ -56,6 +57,29 @@ def test_merge_is_the_weighted_sum(mode, constraint, tasks):
             assert (x == theta0["position_ids"]).all() and x.dtype == theta0["position_ids"].dtype
         else:
             np.testing.assert_allclose(x, expected[path], rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 3, 5, 8, 40])
+@pytest.mark.parametrize("shape", [(4, 5), (2, 3, 4), (6,)])
+def test_a_layer_in_its_stack(tasks, shape):
+    rng = np.random.default_rng(tasks)
+    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    theta0, stack, coef, weights = normal(*shape), normal(3, tasks, *shape), normal(tasks), normal(*shape)
+    merge = lambda theta0, stack, coef, layer: weighted_sum(theta0, LayerOf(stack, layer), coef)
+    loss = lambda *args: (weights * merge(*args)).sum()
+    value, grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(theta0, stack, coef, 1)
+    tau = stack[1].astype(np.float64)
+    merged = theta0 + np.tensordot(coef.astype(np.float64), tau, 1)
+    np.testing.assert_allclose(jax.jit(merge)(theta0, stack, coef, 1), merged, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(value, (weights * merged).sum(), rtol=1e-4, atol=1e-4)
+    by_stack = np.zeros_like(stack)
+    by_stack[1] = np.multiply.outer(coef, weights)
+    expected = weights, by_stack, (tau * weights).reshape(tasks, -1).sum(1)
+    for found, right in zip(grads, expected, strict=True):
+        np.testing.assert_allclose(found, right, rtol=1e-5, atol=1e-5)
+    by_coef = normal(tasks)
+    _, along = jax.jvp(lambda coef: merge(theta0, stack, coef, 1), (coef,), (by_coef,))
+    np.testing.assert_allclose(along, np.tensordot(by_coef.astype(np.float64), tau, 1), rtol=1e-5, atol=1e-5)
 
 
 def test_per_layer_layout_gives_the_same():
