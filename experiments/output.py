@@ -126,11 +126,10 @@ def _check_kind(label: str, name: str, settings: dict) -> None:
         raise ValueError(
             f"{label}: unknown settings {unknown}, missing settings {missing}; {name} takes {sorted(allowed)}"
         )
-    labelled = name in adaptive_registry.methods() and adaptive_registry.get(name).card.data == "few labelled"
-    labelled = labelled or name in few_shot_heads.SETTINGS
-    paired = name in adaptive_registry.methods() and "pairs" in adaptive_registry.get(name).card.sees
-    access = rows_lib.DATA_ACCESS[3:4] if labelled or paired else rows_lib.DATA_ACCESS[1:3]
-    default = adaptive_registry.get(name).card.data if name in adaptive_registry.methods() else access[0]
+    card = adaptive_registry.get(name).card if name in adaptive_registry.methods() else None
+    labelled = name in few_shot_heads.SETTINGS or (card and (card.data == "few labelled" or "pairs" in card.sees))
+    access = rows_lib.DATA_ACCESS[3:4] if labelled else rows_lib.DATA_ACCESS[1:3]
+    default = card.data if card else access[0]
     if settings.get("data", default) not in access:
         raise ValueError(f"{label}: data is {settings.get('data', default)!r}; allowed: {', '.join(access)}")
 

@@ -110,8 +110,8 @@ def atlas(
     pick = lambda found: found
     if keep == "best":
         watched = rows if validation is None else validation
-        worth = normalised(problem, watched)
-        start = worth(accuracy(problem, problem.theta0, watched))
+        worth = normalised(problem, watched, loop)
+        start = worth(accuracy(problem, problem.theta0, watched, loop))
         loop, pick = keep_best(problem, parametrisation, watched, worth, length, epochs * length, loop, start)
     found = learn(
         problem,
@@ -185,7 +185,7 @@ def atlas_negation(
     parametrisation = parts.free_coefficients(problem, mode)
     batches, length = rows_lib.zipped(rows, per_task, seed)
     watched = rows if validation is None else validation
-    target0, control0 = accuracy(problem, problem.theta0, watched)
+    target0, control0 = accuracy(problem, problem.theta0, watched, loop)
     kept = lambda found: found[1] >= control * control0
     worth = lambda found: -found[0] if kept(found) else -np.inf
     stop = lambda found: not kept(found)

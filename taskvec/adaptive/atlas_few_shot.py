@@ -130,7 +130,7 @@ def atlas_few_shot(
     batches, length = epochs_of(rows, batch_size, least_batches, seed)
     steps, pick = epochs * length, lambda found: found
     if keep == "best":
-        start = accuracy(problem, problem.theta0, validation).mean()
+        start = accuracy(problem, problem.theta0, validation, loop).mean()
         known = learner.parametrisation, validation, np.mean, length, steps, loop, start
         loop, pick = keep_best(problem, *known, merge=learner.merge)
     found = pick(learner.run(problem, batches, steps, seed=seed, loop=loop))

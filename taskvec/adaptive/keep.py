@@ -31,31 +31,31 @@ def logits_of(problem: Problem, features_Nxd: np.ndarray, task: int, batch_size:
     return np.concatenate(parts)[:count, np.asarray(head.class_mask[0])]
 
 
-def accuracy(problem: Problem, params: Tree, rows: Rows, batch_size: int = 64) -> np.ndarray:
-    """Share of correct predictions on every task's labelled rows: ``[S]`` float64.
+def accuracy(problem: Problem, params: Tree, rows: Rows, loop: Loop = Loop()) -> np.ndarray:
+    """Share of correct predictions on every task's labelled rows: ``[S]`` float64; of the loop, `on_phase` is called.
 
     Raises:
       ValueError: the rows have no labels.
     """
-    return _accuracies(problem, lambda task: params, rows, batch_size)
+    return _accuracies(problem, lambda task: params, rows, loop)
 
 
-def normalised(problem: Problem, rows: Rows) -> Callable[[np.ndarray], float]:
+def normalised(problem: Problem, rows: Rows, loop: Loop = Loop()) -> Callable[[np.ndarray], float]:
     """``accuracies [T] -> mean_t a_t / a*_t``, a*_t that of the task's own expert ``theta0 + tau_t`` on these rows.
 
     A task whose expert gets no row right counts with a_t. Every expert passes its rows once.
     """
-    own_T = _accuracies(problem, lambda task: expert(problem, task), rows, 64)
+    own_T = _accuracies(problem, lambda task: expert(problem, task), rows, loop)
     own_T = np.where(own_T > 0, own_T, 1.0)
     return lambda found_T: float(np.mean(found_T / own_T))
 
 
-def _accuracies(problem: Problem, params: Callable[[int], Tree], rows: Rows, batch_size: int) -> np.ndarray:
+def _accuracies(problem: Problem, params: Callable[[int], Tree], rows: Rows, loop: Loop) -> np.ndarray:
     if rows.labels is None:
         raise ValueError("accuracy needs labelled rows")
     each = []
     for task, labels in enumerate(rows.labels):
-        logits_NxC = logits_of(problem, features_of(problem, params(task), rows, task, batch_size), task)
+        logits_NxC = logits_of(problem, features_of(problem, params(task), rows, task, loop=loop), task)
         each.append(np.mean(logits_NxC.argmax(-1) == labels))
     return np.array(each)
 
@@ -99,7 +99,7 @@ def keep_best(
     def call(step: int, now: Learned) -> dict[str, Any]:
         out = {}
         if step % every == 0 or step == steps:
-            out["accuracy"] = accuracy(problem, now.params, rows)
+            out["accuracy"] = accuracy(problem, now.params, rows, loop)
             found = np.asarray(worth(out["accuracy"]), np.float32)
             if found > best["worth"]:
                 best.update(worth=found, learnables=now.learnables, kept=np.asarray(step, np.int32))
