@@ -137,7 +137,7 @@ def get_config(arg=None):
         config.settings[label] = {"scale": scale}
     config.settings.ties.update(common.FUSION_BENCH_TIES)
     for label in ("adamerging_taskwise", "adamerging"):
-        config.settings[label].update({"constraint": "identity", "steps": 1000, "entropy_eps": 1e-8})
+        config.settings[label].update({"constraint": "identity", "steps": 1000, "entropy_eps": 1e-8, "order": "epochs"})
     for label in ("surgery", "surgery_inductive"):
         config.settings[label].center = False
     config.methods = (

@@ -1,8 +1,8 @@
 """Random views of images for aTLAS (arXiv 2407.02880): pure functions of a seed and of the rows taken together.
 
-`atlas` trains on open_clip's crops (`preprocessing.clip_train`); `atlas_few_shot` on stronger ones, half of them
-mirrored, which `atlas_ufm` has for its strong view: its weak one is the image itself, as in the authors' code. Texts
-have no views of this kind.
+`atlas` and `atlas_negation` train on open_clip's crops (`preprocessing.clip_train`); `atlas_few_shot` on stronger ones,
+half of them mirrored, which `atlas_ufm` has for its strong view: its weak one is the image itself, as in the authors'
+code. Texts have no views of this kind.
 """
 
 import zlib
@@ -53,7 +53,7 @@ def drawn(images: np.ndarray | Images, transform: Transform, seed: int) -> Calla
 
 def take(name: str, splits: Sequence[Split], size: int, seed: int) -> Callable[[int, np.ndarray], Batch]:
     """`Rows.take` with the views that a method of `METHODS` is published with, for splits of images."""
-    transform = preprocessing.clip_train(size) if name == "atlas" else crop_and_flip(size)
+    transform = preprocessing.clip_train(size) if name in ("atlas", "atlas_negation") else crop_and_flip(size)
     views = [drawn(split.inputs["image"], transform, seed) for split in splits]
     if name == "atlas_ufm":
         return lambda t, rows: {**batches.take(splits[t], rows), f"{SECOND}image": views[t](rows)}

@@ -1,7 +1,8 @@
 """Tip-Adapter and LP++ as rows of a benchmark: heads trained on a few rows of every task, on top of an earlier result.
 
-Rows are the few shots that `atlas_few_shot` draws from the training rows with the same seed, without crops; features
-are those of the earlier result's model of the task, the pretrained one for Tip-Adapter and LP++ by themselves.
+Rows are the few shots that `atlas_few_shot` draws with the same seed, from the training rows or, where its last epoch
+counts, the held-out ones; without crops. Features are those of the earlier result's model of the task, the pretrained
+one for Tip-Adapter and LP++ by themselves, on training rows.
 """
 
 import inspect
@@ -35,18 +36,23 @@ def stands_on(name: str) -> bool:
     return name == "pretrained" or (name in registry.methods() and registry.get(name).card.learns == "one target")
 
 
-def train(bench: Bench, name: str, merged: Merged, settings: Mapping[str, Any]) -> list[Callable]:
+def train(
+    bench: Bench, name: str, merged: Merged, settings: Mapping[str, Any], held_out: bool = False
+) -> list[Callable]:
     """One function a task from features ``[N, d]`` to logits ``[N, C]``.
 
     Args:
       bench: with its heads.
       name: of `SETTINGS`.
       merged: whose features; nothing may be corrected behind its encoder.
-      settings: ``shots`` a class (``None``: all training rows), and those of the head.
+      settings: ``shots`` a class (``None``: all rows), and those of the head.
+      held_out: whether rows are held-out ones, as those of the earlier result.
     """
     settings = dict(settings)
     shots = settings.pop("shots", None)
-    given = learning.rows(bench, "few labelled", taken=[task.train for task in bench.tasks])
+    given = learning.rows(
+        bench, "few labelled", taken=[task.held_out if held_out else task.train for task in bench.tasks]
+    )
     made = []
     for t in range(len(bench.tasks)):
         model = bench.base.model

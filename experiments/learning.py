@@ -100,13 +100,15 @@ def learn(
     given = rows(bench, data, packed=not whole_texts)
     if teacher is not None:
         given = given._replace(targets=[{"features": features_Nxd} for features_Nxd in teacher])
-    if name == "atlas" and settings.get("augment"):
-        settings = {**settings, "validation": given}
+    whole = given
+    if settings.get("augment"):
         given = cropped(bench, name, given, splits(bench, data))
+    watched = {"validation": whole} if settings.get("augment") else {}
     settings = {key: value for key, value in settings.items() if key != "augment"}
     if card.learns == "target and control":
         target, control = (names.index(settings[key]) for key in NEGATION)
         rest = {key: value for key, value in settings.items() if key not in NEGATION}
+        rest |= {key: rows_.only([target, control]) for key, rows_ in watched.items()}
         pair = negation(problem(bench), target, control), given.only([target, control])
         found = _run(bench, name, *pair, rest, checkpoint)
         return Found(results.static(found.params), _tables(found, [names[target]]))
@@ -114,7 +116,7 @@ def learn(
         given = pairs(given, bench.seed)
     if "adapt" in (known := settings_of(name)):
         settings = {**settings, "adapt": rows(bench, settings.get("adapt", known["adapt"]))}
-    found = _run(bench, name, problem(bench), given, settings, checkpoint)
+    found = _run(bench, name, problem(bench), given, {**settings, **watched}, checkpoint)
     merged = found.merged or results.static(found.params)
     if found.heads is not None:  # one encoder, but every task needs its own trained head
         merged = merged._replace(kind="task-conditioned")

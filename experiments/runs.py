@@ -172,7 +172,9 @@ def adaptive(bench: Bench, name: str, settings: dict, done: Mapping, folder: pat
     with resume.row(folder) as row:
         found = learning.learn(bench, name, data, given, row.checkpoint, teacher)
         seconds = row.seconds
-    access = [data, known["adapt"]] if "adapt" in (known := {**learning.settings_of(name), **settings}) else [data]
+    known = {**learning.settings_of(name), **settings}
+    adapts = "adapt" in known and known.get("objective") != "cross_entropy"  # which looks at labelled rows alone
+    access = [data, known["adapt"]] if adapts else [data]
     return _evaluated(
         bench,
         found.merged,
@@ -223,11 +225,12 @@ def few_shot_head(bench: Bench, name: str, settings: dict, done: Mapping) -> Out
         raise ValueError(f"{name} on {on!r} needs that run before it in config.methods; done so far: {list(done)}")
     start = time.perf_counter()
     below = done[on]
+    held_out = below.data_access == "few labelled" and below.settings.get("keep") != "best"
     return Outcome(
         merged=below.merged,
         test=below.test,
         held_out=below.held_out,
-        classifiers=few_shot_heads.train(bench, name, below.merged, settings),
+        classifiers=few_shot_heads.train(bench, name, below.merged, settings, held_out),
         settings={"on": on, **few_shot_heads.SETTINGS[name], **settings},
         seconds=time.perf_counter() - start,
         data_access=seen(data, below.data_access),

@@ -4,8 +4,8 @@
 
 Every task in turn is the new one, the task vectors are those of the others. Settings of the released code: 1, 2, 4, 8,
 16 training rows per class, AdamW 0.1 falling to 0 along a cosine, weight decay 0.1, normalised gradient, 10 epochs of
-at least 10 batches of 128 rows, crops of half the picture or more and mirror images, start 0, the best epoch on the
-validation split, zero-shot being the first. Further rows:
+at least 10 batches of 128 rows (L/14: 64, and a step of the optimiser after two), crops of half the picture or more and
+mirror images, start 0, the best epoch on the validation split, zero-shot being the first. Further rows:
 
 * ``atlas_tip_N_shot``, ``atlas_lpp_N_shot``: Tip-Adapter and LP++ trained on the same rows and aTLAS's features, and
   ``tip_N_shot``, ``lpp_N_shot`` on those of the pretrained model;
@@ -16,7 +16,8 @@ validation split, zero-shot being the first. Further rows:
 
 No published number was seen. Not reproduced: a pool of 21 vectors (22 tasks of their own checkpoints; take
 suite=clip20, 19 vectors); for shares of the rows the released code has epochs by task (4 for SVHN to 76 for DTD), here
-10; its features for Tip-Adapter and LP++ are of cropped pictures, here of whole ones.
+10; its features for Tip-Adapter and LP++ are of cropped pictures, here of whole ones. A choice by feature compares
+those of the target's cropped pictures with those of the pool's whole ones.
 """
 
 from configs import adaptive, clip
@@ -39,10 +40,11 @@ def get_config(arg=None):
 
 def rows(arg):
     """The rows of this method."""
+    at_once, accumulate = (64, 2) if arg.arch == "l14" else (128, 1)
     every = {
         "method": "atlas_few_shot", "mode": "tensor", "partitions": 1, "epochs": 10, "learning_rate": 0.1,
-        "weight_decay": 0.1, "gradient_norm": 1.0, "batch_size": 128, "least_batches": 10, "keep": "best",
-        "augment": True, "data": "few labelled",
+        "weight_decay": 0.1, "gradient_norm": 1.0, "batch_size": at_once, "accumulate": accumulate,
+        "least_batches": 10, "keep": "best", "augment": True, "data": "few labelled",
     }  # fmt: skip
     few = {f"atlas_{shots}_shot": {**every, "shots": shots} for shots in SHOTS}
     budgets = [budget for budget in BUDGETS if budget < len(clip.tasks_of(arg))]

@@ -8,7 +8,9 @@ arithmetic at 0.3; AdaMerging's inner Adam has rate 1 and coefficients clamped t
 sampled mask is scored, so that accuracies vary with the seed.
 
 In either code the first inner gradient of a step is that at the model of the step before, where the coefficients are
-not reset yet. The rows ``_as_released`` and ``_fusion_bench`` do so too, the others as the paper has it.
+not reset yet. The rows ``_as_released`` and ``_fusion_bench`` do so too, the others do not. One mask for scoring, the
+inner rate of 1 and moments that stay while coefficients start anew are the released code's in all rows: of these the
+paper's form was not seen.
 
 | 8 tasks | protocol | B/32 | L/14 |
 | --- | --- | ---: | ---: |

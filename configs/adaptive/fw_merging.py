@@ -5,16 +5,17 @@
 Settings (FusionBench's for ViT, which is where the authors' code is): 10 rounds, 100 labelled training rows per task,
 one vertex for the model by the sum of tensors' cosines with the experts' weights. Hard: steps of ``0.3 * 0.1 * 2 /
 (i + 2)`` from task arithmetic at 0.3. ``fw_hard_ties``: the authors' for RoBERTa, 10 TIES merges at 0.9 of the largest
-30 %, a vertex for every tensor (there a tensor goes towards zeros where no cosine is negative); ``fw_hard_dare_ties``
-after DARE, which keeps 30 % at random (there steps do not grow shorter). Soft: one expert a
+30 %, a vertex for every tensor (there a tensor goes towards zeros where no cosine is negative), steps ten times as long
+as their configuration has them (in their program the command line's default of 0.1 stands above it);
+``fw_hard_dare_ties`` after DARE, which keeps 30 % at random (there steps do not grow shorter). Soft: one expert a
 task, then 500 steps of AdaMerging (Adam 1e-3, 16 test rows per task, no clamp, log(p + 1e-8)) from 0.3, in later rounds
 from 1e-8.
 
 Published [abstract]: with 20 ViT tasks 8.39 points above AdaMerging (layer-wise AdaMerging on B/32 has 69.6 with 20
 tasks, says SyMerge's page) and 32.8 above data-free merging. No table was seen; which architecture is meant, neither.
 
-fw_soft looks at *both* labelled training rows and unlabelled test rows (``adapt``), though its data access is shown as
-few labelled; fw_soft_inductive at training rows alone.
+fw_soft looks at *both* labelled training rows and unlabelled test rows (``adapt``), and is shown as what saw test rows;
+fw_soft_inductive looks at training rows alone.
 """
 
 from configs import adaptive

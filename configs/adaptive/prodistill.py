@@ -10,7 +10,7 @@ options.
 | --- | --- | ---: | ---: | ---: |
 | prodistill | A [2nd] | 86.0 | 88.9 | 91.9 |
 
-In the authors' copy of DTD the validation and test folders have changed names, says their README.
+The authors' README warns that in AdaMerging's copy of DTD the validation and test folders have changed names.
 """
 
 from configs import adaptive

@@ -8,7 +8,8 @@ of their sum, temperature, rate, steps and batch are ours.
 
 Our benchmark cannot run that: it has neither the paper's embedding models (retrieval, similarity, ...) nor MTEB. What
 is nearest and runs: the eight text tasks on MiniLM-L6 of `configs/text8.py`, a pair being two texts of one class, which
-takes labels. There is no number to compare.
+takes labels. All other texts of a batch are negatives, those of the same class among them, half of them where there are
+two classes. There is no number to compare.
 """
 
 from configs import adaptive, common, text8

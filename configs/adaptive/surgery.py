@@ -3,10 +3,11 @@
     python -m experiments.benchmark --config=configs/adaptive/surgery.py:arch=b32,suite=clip8
 
 Settings of the released code: rank 16, Adam 1e-3, 500 iterations of two batches of 16 test rows per task, a step after
-each: 1000 steps. The paper's form is not centred. Below: task arithmetic and TIES at 0.3, layer-wise AdaMerging.
-``surgery_online``: the authors' online variant, every test row once and alone. ``surgery_fusion_bench``: on features of
-unit norm, with one batch a task and iteration, 1000 iterations; no number of it was seen. ``surgery_inductive`` and the
-AdaMerging that it stands on see held-out training rows.
+each: 1000 steps. The paper's form is not centred. Below: task arithmetic and TIES (the sum of what agrees) at 0.3,
+layer-wise AdaMerging of 32 rows per task in a step, as the released code's two batches are. ``surgery_online``: the
+authors' online variant, every test row once and alone. ``surgery_fusion_bench``: on features of unit norm, with one
+batch a task and iteration, 1000 iterations, after FusionBench's AdaMerging; no number of it was seen.
+``surgery_inductive`` and the AdaMerging that it stands on see held-out training rows.
 
 | 8 tasks | protocol | B/32 | B/16 | L/14 |
 | --- | --- | ---: | ---: | ---: |
@@ -19,15 +20,16 @@ Later papers have 87.5 for the last row on B/32, with a larger rank; 14 and 20 t
 (SyMerge's page). The authors' weight average leaves out the eighth task, ours does not.
 """
 
-from configs import adaptive
+from configs import adaptive, common
 
 _ADAMERGING = {
     "method": "adamerging", "mode": "tensor", "plus_plus": False, "constraint": "clip", "init": 0.3, "steps": 500,
-    "learning_rate": 1e-3, "per_task": 16,
+    "learning_rate": 1e-3, "per_task": 32,
 }  # fmt: skip
+_FUSION_BENCH = {"constraint": "identity", "steps": 1000, "per_task": 16, "entropy_eps": 1e-8, "order": "epochs"}
 MERGED = {
     "task_arithmetic": {"scale": 0.3},
-    "ties": {"scale": 0.3},
+    "ties": {"scale": 0.3, **common.FUSION_BENCH_TIES},
     "adamerging": {**_ADAMERGING, "data": "unlabelled test"},
     "adamerging_inductive": {**_ADAMERGING, "data": "unlabelled train"},
 }
@@ -46,9 +48,10 @@ def rows(arg):
     ada = {**published, "on": "adamerging"}
     return {
         **MERGED,
+        "adamerging_fusion_bench": {**_ADAMERGING, **_FUSION_BENCH, "data": "unlabelled test"},
         **others,
         "surgery_inductive": {**published, "on": "adamerging_inductive", "data": "unlabelled train"},
         "surgery_online": {**every, "on": "adamerging", "once": True, "data": "unlabelled test"},
-        "surgery_fusion_bench": {**ada, "normalise": True},
+        "surgery_fusion_bench": {**published, "on": "adamerging_fusion_bench", "normalise": True},
         "surgery": ada,
     }

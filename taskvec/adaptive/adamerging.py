@@ -18,7 +18,7 @@ from taskvec.adaptive.coefficients import Constraint, coefficients
 from taskvec.adaptive.fit import Loop
 from taskvec.adaptive.learn import Learned, Problem, learn
 from taskvec.adaptive.registry import adaptive_method
-from taskvec.adaptive.rows import Rows, together
+from taskvec.adaptive.rows import Rows, cyclic, together
 from taskvec.merging.coefficients import agreeing
 from taskvec.merging.registry import Card
 from taskvec.tree import Tree
@@ -27,6 +27,9 @@ from taskvec.tree import Tree
 def keep_agreeing(theta0: Tree, tau: Tree, plus_plus: bool | str = True) -> Tree:
     """AdaMerging++'s task vectors, see `taskvec.merging.coefficients.agreeing`."""
     return jax.jit(lambda *args: transforms.transform_task_vectors(agreeing(plus_plus), *args))(theta0, tau)
+
+
+ORDERS = {"anew": together, "epochs": cyclic}
 
 
 @adaptive_method(
@@ -40,7 +43,7 @@ def keep_agreeing(theta0: Tree, tau: Tree, plus_plus: bool | str = True) -> Tree
         released_code=(
             "a step sums the entropies of two batches of 16 a task, and merges anew for each; coefficients for six "
             "leftovers of the text tower have gradient zero. FusionBench: 1000 steps, constraint='identity', "
-            "entropy_eps=1e-8. ++ elects the majority sign where signs cancel and keeps one entry more "
+            "entropy_eps=1e-8, order='epochs'. ++ elects the majority sign where signs cancel and keeps one entry more "
             "(plus_plus='released')"
         ),
     ),
@@ -57,6 +60,7 @@ def adamerging(
     learning_rate: float = 1e-3,
     per_task: int = 16,
     entropy_eps: float = 0.0,
+    order: Literal[tuple(ORDERS)] = "anew",
     seed: int = 0,
     loop: Loop = Loop(),
 ) -> Learned:
@@ -74,6 +78,7 @@ def adamerging(
       learning_rate: of Adam.
       per_task: rows of a task in a step.
       entropy_eps: see `objectives.entropy`.
+      order: rows are drawn ``anew`` in every step, or every task goes through its own in ``epochs`` (FusionBench).
       seed: of the rows drawn.
       loop: see `fit.Loop`.
 
@@ -90,7 +95,7 @@ def adamerging(
         problem,
         coefficients(groups, problem.num_tasks, init, constraint),
         lambda outputs: objectives.entropy(outputs.logits, eps=entropy_eps),
-        together(rows, per_task, seed),
+        ORDERS[order](rows, per_task, seed),
         optax.adam(learning_rate),
         steps,
         seed=seed,

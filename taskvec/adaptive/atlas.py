@@ -136,6 +136,7 @@ def atlas(
         year=2024,
         summary="forgets a task by coefficients on its vector, while a control task keeps 95 % of its accuracy",
         learns="target and control",
+        sees=("crops",),
         data="few labelled",
         tasks=(1, 1),
         released_code="clips scaled gradients (gradient_norm=2**-16); crashes where no epoch may be kept",

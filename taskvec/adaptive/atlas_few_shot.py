@@ -77,6 +77,7 @@ def atlas_few_shot(
     weight_decay: float = 0.1,
     gradient_norm: float | None = 1.0,
     batch_size: int = 128,
+    accumulate: int = 1,
     least_batches: int = 10,
     keep: Literal["last", "best"] = "last",
     validation: Rows | None = None,
@@ -99,6 +100,7 @@ def atlas_few_shot(
       pool: for ``select="feature"``, see `selection.choose_within`.
       mode, partitions, partitioned, weight_decay, gradient_norm: see `atlas`.
       epochs, learning_rate, batch_size, least_batches: as published.
+      accumulate: batches a step of the optimiser; published 2 for ViT-L/14, of half the rows each.
       keep: ``last`` or, of the epochs' ends and zero-shot, the ``best`` accuracy on `validation` (to be given).
       validation: labelled rows of the target.
       seed, loop: see `atlas`.
@@ -125,7 +127,7 @@ def atlas_few_shot(
         problem = problem._replace(tau=chosen.tau)
     learner = parts.learner_of(
         problem.kind, parts.cross_entropies, mode, partitions, partitioned, seed if partitions > 1 else 0,
-        learning_rate, weight_decay, gradient_norm, loop.chunk, loop.pieces,
+        learning_rate, weight_decay, gradient_norm, accumulate, loop.chunk, loop.pieces,
     )  # fmt: skip
     batches, length = epochs_of(rows, batch_size, least_batches, seed)
     steps, pick = epochs * length, lambda found: found

@@ -67,6 +67,7 @@ def learner_of(
     learning_rate: float,
     weight_decay: float,
     gradient_norm: float | None,
+    accumulate: int,
     chunk: int | None,
     pieces: int = 1,
 ) -> Learner:
@@ -77,11 +78,12 @@ def learner_of(
       objective: a function that stays the same from task to task.
       mode, partitions, partitioned, seed: see `free_coefficients`.
       learning_rate, weight_decay, gradient_norm: see `optimiser`.
+      accumulate: batches a step of the optimiser.
       chunk, pieces: of the loop.
     """
     made = free_coefficients(kind, mode, partitions, partitioned, seed)
     falling = optax.chain(optimiser(1.0, weight_decay, gradient_norm), cosine(learning_rate))
-    return make_learner(kind, made, objective, falling, loop=Loop(chunk=chunk, pieces=pieces))
+    return make_learner(kind, made, objective, falling, accumulate=accumulate, loop=Loop(chunk=chunk, pieces=pieces))
 
 
 def lp_penalty(order: int | None, gamma: float = 0.5) -> Callable[[Tree], jax.Array] | None:

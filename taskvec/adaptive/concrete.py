@@ -144,7 +144,7 @@ def concrete_adamerging(
       problem: what is merged.
       rows: unlabelled; a step of the first stage takes two batches, of the second one.
       mode: ``tensor`` (the paper's layer-wise), ``task``, or another of `taskvec.tree.groups`.
-      constraint: of the coefficients, see `coefficients.coefficients`.
+      constraint: of the coefficients, see `coefficients.coefficients`; not ``simplex``.
       init: start of the coefficients, a number or ``[G, T]``.
       temperature, mask_init, eval_mask: as in `concrete_task_arithmetic`.
       fresh_mask: whether the mask is drawn anew for the second move of a step.
@@ -166,6 +166,8 @@ def concrete_adamerging(
       FitDiverged: see `fit.fit`.
     """
     problem.check(rows)
+    if constraint == "simplex":
+        raise ValueError("concrete_adamerging: inner moves leave the simplex; constraint='softmax' stays on it")
     groups = trees.groups(problem.theta0, mode)
     base = coefficients(groups, problem.num_tasks, init, constraint)
     masked = lambda mask: concrete(base, problem.theta0, temperature, mask, mask_init)

@@ -19,10 +19,13 @@ def _mean_rows(values_TxB: Array, weight_TxB: Array | None) -> Array:
     return (weight_TxB * values_TxB).sum(-1) / jnp.maximum(weight_TxB.sum(-1), 1)
 
 
+def _wide(x: Array) -> Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def log_probabilities(logits_TxBxC: Array, temperature: float = 1.0) -> Array:
     """``log softmax(logits / temperature)``, in float32 at least."""
-    wide = logits_TxBxC.astype(jnp.promote_types(logits_TxBxC.dtype, jnp.float32))
-    return jax.nn.log_softmax(wide / temperature)
+    return jax.nn.log_softmax(_wide(logits_TxBxC) / temperature)
 
 
 def _finite(logp: Array) -> Array:
@@ -115,12 +118,12 @@ def mean_logit_divergence(logits_TxBxC: Array, teacher_TxBxC: Array, weight_TxB:
 
 def l1(features_TxBxd: Array, target_TxBxd: Array, weight_TxB: Array | None = None) -> Array:
     """Mean absolute difference over rows and dimensions: ``[T, B, d] -> [T]`` (Representation Surgery, 2402.02705)."""
-    return _mean_rows(jnp.abs(features_TxBxd - target_TxBxd).mean(-1), weight_TxB)
+    return _mean_rows(jnp.abs(_wide(features_TxBxd) - _wide(target_TxBxd)).mean(-1), weight_TxB)
 
 
 def mse(features_TxBxd: Array, target_TxBxd: Array, weight_TxB: Array | None = None) -> Array:
     """Mean squared difference over rows and dimensions: ``[T, B, d] -> [T]``."""
-    return _mean_rows(jnp.square(features_TxBxd - target_TxBxd).mean(-1), weight_TxB)
+    return _mean_rows(jnp.square(_wide(features_TxBxd) - _wide(target_TxBxd)).mean(-1), weight_TxB)
 
 
 def info_nce(features_TxBxd: Array, other_TxBxd: Array, temperature: float = 0.05) -> Array:
@@ -129,6 +132,6 @@ def info_nce(features_TxBxd: Array, other_TxBxd: Array, temperature: float = 0.0
     ``-log softmax_j(cos(z_i, y_j) / temperature)[i]``, mean over i (arXiv 1807.03748, one direction).
     """
     unit = lambda z: z * jax.lax.rsqrt(jnp.maximum(jnp.square(z).sum(-1, keepdims=True), 1e-12))
-    cosines = jnp.einsum("...id,...jd->...ij", unit(features_TxBxd), unit(other_TxBxd))
+    cosines = jnp.einsum("...id,...jd->...ij", unit(_wide(features_TxBxd)), unit(_wide(other_TxBxd)))
     labels = jnp.broadcast_to(jnp.arange(cosines.shape[-1]), cosines.shape[:-1])
     return cross_entropy(cosines / temperature, labels)

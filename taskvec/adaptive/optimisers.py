@@ -18,17 +18,21 @@ def by_task(optimiser: optax.GradientTransformation) -> optax.GradientTransforma
     For learnables ``[T, ...]`` of which a step on one task's rows touches one. One Adam on the whole would go on moving
     the others by their decaying moments.
     """
+    each = resting(optimiser)
+    return optax.GradientTransformation(jax.vmap(each.init), jax.vmap(each.update))
 
-    def update(grads: Tree, state: Tree, params: Tree) -> tuple[Tree, Tree]:
-        some = [(g != 0).any(tuple(range(1, g.ndim))) for g in jax.tree.leaves(grads)]
-        active_T = jnp.stack(some).any(0)
-        updates, moved = jax.vmap(optimiser.update)(grads, state, params)
-        # NaN is not zero: a task whose gradient is broken moves, and the run stops with a diagnosis.
-        own = lambda x: active_T.reshape(-1, *[1] * (x.ndim - 1))
-        updates = jax.tree.map(lambda u: jnp.where(own(u), u, 0), updates)
-        return updates, jax.tree.map(lambda new, old: jnp.where(own(new), new, old), moved, state)
 
-    return optax.GradientTransformation(jax.vmap(optimiser.init), update)
+def resting(optimiser: optax.GradientTransformation) -> optax.GradientTransformation:
+    """An optimiser that takes no step, and keeps its state, where the whole gradient is zero: no row was of use."""
+
+    def update(grads: Tree, state: Tree, params: Tree = None) -> tuple[Tree, Tree]:
+        # NaN is not zero: where a gradient is broken it moves, and the run stops with a diagnosis.
+        active = jnp.stack([(g != 0).any() for g in jax.tree.leaves(grads)]).any()
+        updates, moved = optimiser.update(grads, state, params)
+        updates = jax.tree.map(lambda u: jnp.where(active, u, 0), updates)
+        return updates, jax.tree.map(lambda new, old: jnp.where(active, new, old), moved, state)
+
+    return optax.GradientTransformation(optimiser.init, update)
 
 
 def cosine(learning_rate: float) -> optax.GradientTransformationExtraArgs:

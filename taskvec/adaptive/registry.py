@@ -3,7 +3,8 @@
     @adaptive_method("adamerging", Card(...))
     def adamerging(problem, rows, *, steps=500, ..., seed=0, loop=Loop()) -> Learned
 
-Settings are the keyword arguments, their defaults the published ones. Those annotated as `typing.Literal`, numbers or
+Settings are the keyword arguments, their defaults the published ones, or ours where none was seen, as the method's
+docstring says. Those annotated as `typing.Literal`, numbers or
 truth values are checked before anything runs.
 """
 
@@ -32,7 +33,7 @@ class AdaptiveMethod:
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """The published settings."""
+        """The published settings, see the module's docstring."""
         parameters = inspect.signature(self.run).parameters.values()
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in NOT_SETTINGS}
 

@@ -91,7 +91,8 @@ def together(rows: Rows, per_task: int, seed: int = 0) -> Callable[[int], Batch]
 def cyclic(rows: Rows, per_task: int, seed: int = 0) -> Callable[[int], Batch]:
     """``step -> batch`` of `per_task` rows of every task, each task going through its own rows epoch by epoch.
 
-    What is left over at the end of an epoch begins the next (FusionBench's infinite loaders).
+    What is left over at the end of an epoch begins the next, so that all batches have one shape (FusionBench's infinite
+    loaders make a shorter one of it).
     """
     _check(rows, per_task)
 
@@ -106,7 +107,8 @@ def cyclic(rows: Rows, per_task: int, seed: int = 0) -> Callable[[int], Batch]:
 def in_turn(rows: Rows, per_task: int, seed: int = 0) -> Callable[[int], Batch]:
     """``step -> batch`` of one task, ``tasks`` ``[1]``: rounds over all tasks, each in a random order.
 
-    As SyMerge's released code (arXiv 2412.19098) and online adaptation do; steps count batches of one task.
+    As Model Tinting's released code and online adaptation do (SyMerge's, arXiv 2412.19098, goes through the rows of a
+    task in epochs); rows are drawn anew in every step, and steps count batches of one task.
     """
     _check(rows, per_task)
     num_tasks = len(rows.counts)

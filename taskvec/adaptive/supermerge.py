@@ -75,7 +75,8 @@ def supermerge(
       mode: ``tensor``, or another of `taskvec.tree.groups`.
       groups: nested groups of task numbers, such as ``((0, 1, 2), (3, 4))``; ``None`` merges all at once. The members
         of a group are either all tasks or all groups.
-      init: of w (ours).
+      init: of w (ours), in every merge: with groups of groups, coefficients start at ``tanh(init)`` to the power of the
+        levels.
       steps: of Adam in every merge (ours).
       learning_rate: of Adam (ours).
       per_task: rows of a task in a step (ours).

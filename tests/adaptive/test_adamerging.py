@@ -69,6 +69,21 @@ def test_trajectory(mode, rate):
         np.testing.assert_allclose(found.params[k], merged, atol=1e-3)
 
 
+@pytest.mark.parametrize("order", ["anew", "epochs"])
+def test_the_order_of_rows(order):
+    theta0, tau, kernels, rows = setting()
+    count, seen = rows.counts[0], []
+
+    def take(t, numbers):
+        seen.extend([] if t else [tuple(numbers.tolist())])
+        return rows.take(t, numbers)
+
+    settings = {"steps": 4, "per_task": -(-count // 4), "order": order}
+    adamerging(problem(theta0, tau, kernels), rows._replace(take=take), **settings)
+    each = [n for batch in dict.fromkeys(seen) for n in batch]
+    assert len(dict.fromkeys(seen)) == 4 and (set(each) == set(range(count))) == (order == "epochs")
+
+
 def test_plus_plus_trims_globally_and_elects_signs():
     theta0, tau, kernels, rows = setting()
     tau = {k: np.asarray(x, np.float32) for k, x in tau.items()}

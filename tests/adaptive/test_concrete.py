@@ -245,6 +245,8 @@ def test_errors():
     theta0, tau, kernels, rows = oracle.setting()
     with pytest.raises(ValueError, match="sample, mean, hard"):
         concrete_task_arithmetic(oracle.problem(theta0, tau, kernels), rows, eval_mask="soft", steps=0)
+    with pytest.raises(ValueError, match="inner moves leave the simplex"):
+        concrete_adamerging(oracle.problem(theta0, tau, kernels), rows, constraint="simplex", steps=0)
     base = coefficients(trees.groups(theta0, "task"), TASKS)
     parametrisation = concrete(base, oracle.as_jax(theta0))
     with pytest.raises(ValueError, match="needs a key"):

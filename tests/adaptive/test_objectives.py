@@ -155,3 +155,12 @@ def test_info_nce():
     logits = np.einsum("tid,tjd->tij", unit(z), unit(y)) / 0.05
     expected = [np.mean([-np.log(softmax(logits[t, i])[i]) for i in range(6)]) for t in (0, 1)]
     np.testing.assert_allclose(objectives.info_nce(jnp.asarray(z), jnp.asarray(y)), expected, rtol=1e-4)
+
+
+def test_half_precision_is_summed_in_float32():
+    rng = np.random.default_rng(0)
+    pair = [jnp.asarray(rng.normal(size=(1, 3, 384)), jnp.bfloat16) for _ in range(2)]
+    for loss in (objectives.l1, objectives.mse, objectives.info_nce):
+        found = loss(*pair)
+        assert found.dtype == jnp.float32
+        np.testing.assert_allclose(found, loss(*(x.astype(jnp.float32) for x in pair)), rtol=1e-6)

@@ -1,5 +1,7 @@
 """SyMerge, DivMerge and SAMerging against independent float64 loops with hand-written gradients."""
 
+import itertools
+
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -7,6 +9,7 @@ import pytest
 
 from taskvec.adaptive import objectives, rows as rows_lib
 from taskvec.adaptive.divmerge import divmerge
+from taskvec.adaptive.fit import Evaluate, Loop
 from taskvec.adaptive.learn import Outputs
 from taskvec.adaptive.optimisers import by_task
 from taskvec.adaptive.samerging import samerging
@@ -132,6 +135,17 @@ def test_a_batch_of_which_nothing_is_kept_changes_nothing():
     updates, state = optimiser.update(jnp.array([[0.0, 0, 0], [3, 3, 3]]), state, params)
     np.testing.assert_allclose(updates, [[0, 0, 0], [-0.1, -0.1, -0.1]], rtol=1e-5)  # its own first step
     assert state[0].count.tolist() == [1, 1]
+    # Teachers that say the first class and are sure of nothing: kept are rows that the merged model gives that class.
+    theta0, tau, kernels, rows = oracle.setting()
+    problem, given = oracle.problem(theta0, tau, kernels), rows.take(0, np.arange(1))["x"]
+    width = problem.apply_fn(problem.theta0, {"x": given})["features"].shape[1]
+    rows = rows._replace(targets=[{"features": np.zeros((count, width), np.float32)} for count in rows.counts])
+    loop = Loop(evaluate=Evaluate(1, lambda step, now: now.coefficients))
+    found = symerge(problem, rows, rounds=10, per_task=1, learning_rate=1e-3, loop=loop)
+    at = [np.full((4, TASKS), 0.3, np.float32), *found.evaluations.values()]
+    rested = [np.array_equal(before, after) for before, after in itertools.pairwise(at)]
+    np.testing.assert_array_equal(rested, found.history["objective"][:, 0] == 0)
+    assert 0 < sum(rested) < len(rested)
 
 
 def jensen_shannon(teacher):

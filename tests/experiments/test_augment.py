@@ -25,7 +25,9 @@ def read_off(views_BxSxSx3):
     return np.abs(across) * SIZE / (SIZE - 1), down * SIZE / (SIZE - 1), across < 0
 
 
-@pytest.mark.parametrize(("name", "least", "mirrors"), [("atlas_few_shot", 0.5, True), ("atlas", 0.9, False)])
+@pytest.mark.parametrize(
+    ("name", "least", "mirrors"), [("atlas_few_shot", 0.5, True), ("atlas", 0.9, False), ("atlas_negation", 0.9, False)]
+)
 def test_crops_are_of_the_published_size(name, least, mirrors):
     take = augment.take(name, [Split({"image": pictures()}, np.zeros(COUNT, np.int32))], SIZE, seed=3)
     rows = np.tile(np.arange(COUNT), 8)
