@@ -17,6 +17,7 @@ from taskvec.data import clip_suites
 from taskvec.data.base import take
 from taskvec.io import coefficients
 from taskvec.io.checkpoints import Checkpoint
+from taskvec.modular import results
 from tests.experiments import published as stand_ins
 
 NAMES = sorted(path.stem for path in pathlib.Path(adaptive.__file__).parent.glob("*.py") if path.stem != "__init__")
@@ -129,6 +130,13 @@ def test_all_rows_run(name, stand_in, bench, done):
     for label in output.in_order(config):
         if label not in mine:
             mine[label] = run(bench, config, label, mine)
+
+
+def test_access_is_to_what_is_looked_at(bench, done, monkeypatch):
+    monkeypatch.setattr(runs.learning, "learn", lambda *args: learning.Found(results.static(bench.base.pretrained)))
+    access = lambda **settings: runs.run(bench, "fw_soft", settings, done).data_access
+    assert access() == "unlabelled test" and access(adapt="unlabelled train") == "few labelled"
+    assert access(objective="cross_entropy") == "few labelled"  # of labelled rows, whatever `adapt` says
 
 
 def test_surgery_v2_stands_on_an_earlier_run(stand_in, done, tmp_path, monkeypatch):
