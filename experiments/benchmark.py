@@ -35,6 +35,7 @@ def benchmark(config, workdir: pathlib.Path) -> None:
     output.check(config, workdir)
     start, table = time.perf_counter(), output.Table(config)
     base = load_base(config)
+    stood_on = {"individual", *(config.settings[label].get("on") for label in config.methods)}
     for seed in config.seeds:
         bench = prepare(config, base, seed)
         done: dict[str, runs.Outcome] = {}
@@ -44,6 +45,8 @@ def benchmark(config, workdir: pathlib.Path) -> None:
             try:
                 done[label] = runs.run(bench, label, config.settings[label], done, kept)
                 say(table.add(bench, label, done[label]))
+                if label not in stood_on:
+                    del done[label]  # frees its models
             except scorers.NotFinite as error:
                 raise ValueError(
                     f"{label}, seed {seed}, task {bench.tasks[error.task].name}: no score. Give {label} smaller scales "
