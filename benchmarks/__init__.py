@@ -1,1 +1,1 @@
-"""Seconds and memory beside a peer or a floor: each module is a program, `python -m benchmarks.NAME --help`."""
+"""Seconds and memory beside a peer or a floor: ``python -m benchmarks.merge`` and others."""

@@ -6,8 +6,9 @@
 The suites are those of `configs/clip_small.py` and `configs/text8.py`. Rows with ``_inductive`` adapt to held-out
 training rows without labels, others that need no labels to the test rows. Methods with labels have the held-out rows.
 ``atlas_few_shot``, ``atlas_ufm`` and ``lorahub`` learn each task from the other tasks' vectors. The published settings
-are in `configs/adaptive`; nothing here is tuned. Steps and epochs are fewer, for time, and the rates larger by as much:
-Adam moves a coefficient by 0.5 at most in any number of ``steps``, as in AdaMerging's 500 of 1e-3.
+are in `configs/adaptive`; nothing here is tuned. Steps and epochs are fewer, for time. Rates of most rows are such that
+Adam can move a coefficient by 0.5 in any number of ``steps``, as in AdaMerging's 500 of 1e-3; methods published with
+longer ways (AdaRank, Concrete's second stage) have shorter ones here.
 """
 
 from configs import adaptive, clip_small, common, text8

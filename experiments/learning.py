@@ -29,7 +29,7 @@ from taskvec.modular.results import Merged
 from taskvec.training.heads import Heads
 
 NEGATION = ("target", "control_task")
-NOT_SETTINGS = ("validation", "pool")  # rows and features that the benchmark gives
+NOT_SETTINGS = ("validation", "pool", "draw")  # rows, features and numbers that the benchmark gives
 ADAPT = ("unlabelled test", "unlabelled train")  # rows beside the labelled ones, as published and inductive
 
 
@@ -61,7 +61,7 @@ def settings_of(name: str) -> dict[str, Any]:
     ``pieces`` is that of `Loop`: a step in so many pieces takes less memory.
     """
     card = registry.get(name).card
-    more = {"pieces": 1} if card.steps else {}
+    more = {"pieces": 1} if card.pieces else {}
     more |= dict.fromkeys(NEGATION, "") if card.learns == "target and control" else {}
     given = {key: value for key, value in registry.get(name).defaults.items() if key not in NOT_SETTINGS}
     if "adapt" in given:
@@ -146,6 +146,8 @@ def _one_by_one(
     each = []
     for t in range(len(bench.tasks)):
         more = {"validation": rows(bench, data).only([t])} if best else {}
+        if settings.get("select") == "random":
+            more["draw"] = t
         if settings.get("select") == "feature":
             more["pool"] = [z_Nxd for s, z_Nxd in enumerate(features) if s != t]
         own = checkpoint and checkpoint.part(f"without_{bench.tasks[t].name}")
@@ -248,9 +250,10 @@ def check(label: str, name: str, settings: dict[str, Any], suite: Any) -> None:
         registry.get(name).check(**{key: value for key, value in settings.items() if key in known})
     except ValueError as error:
         raise ValueError(f"config.settings.{label}: {error}") from None
-    pieces, per_task = settings.get("pieces", 1), {**known, **settings}.get("per_task", 0)
-    if not isinstance(pieces, int) or pieces < 1 or (isinstance(per_task, int) and per_task % pieces):
-        raise ValueError(f"{label}: pieces={pieces!r} must be a whole number that divides per_task, {per_task}")
+    size = "per_task" if "per_task" in known else "batch_size"
+    pieces, count = settings.get("pieces", 1), {**known, **settings}.get(size, 0)
+    if not isinstance(pieces, int) or isinstance(pieces, bool) or pieces < 1 or count % pieces:
+        raise ValueError(f"{label}: pieces={pieces!r} must be a whole number that divides {size}, {count}")
     if settings.get("augment") and suite.kind != "image":
         raise ValueError(f"{name}: augment is for images; texts have no crops, leave it False (one view of every row)")
     if name == "atlas_few_shot" and settings.get("budget") is not None and settings["budget"] >= len(tasks):

@@ -39,6 +39,7 @@ ORDERS = {"anew": together, "epochs": cyclic}
         arxiv="2310.02575",
         year=2024,
         summary="coefficients by task, or by task and tensor, that minimise the entropy of predictions",
+        pieces=True,
         data="unlabelled test",
         released_code=(
             "a step sums the entropies of two batches of 16 a task, and merges anew for each; coefficients for six "

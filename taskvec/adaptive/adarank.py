@@ -114,6 +114,7 @@ def recentred(theta0: Tree, tau: Tree) -> tuple[Tree, Tree]:
         year=2026,
         summary="masks over singular directions and coefficients, learned together by the entropy of predictions",
         beside="masks of ranks",
+        pieces=True,
         data="unlabelled test",
         released_code=(
             "reports the best of its periodic evaluations on the test set, here the last step; factorises query, key "

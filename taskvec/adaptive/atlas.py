@@ -54,6 +54,7 @@ def negated(outputs: Outputs) -> jax.Array:
         year=2024,
         summary="free coefficients by task and tensor from the cross-entropy of labelled rows",
         sees=("crops",),
+        pieces=True,
         data="few labelled",
         released_code=(
             "keeps the epoch of the best mean normalised accuracy on the rows it trains on, from zero-shot on "
@@ -137,6 +138,7 @@ def atlas(
         summary="forgets a task by coefficients on its vector, while a control task keeps 95 % of its accuracy",
         learns="target and control",
         sees=("crops",),
+        pieces=True,
         data="few labelled",
         tasks=(1, 1),
         released_code="clips scaled gradients (gradient_norm=2**-16); crashes where no epoch may be kept",

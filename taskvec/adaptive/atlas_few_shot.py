@@ -52,6 +52,7 @@ def epochs_of(rows: Rows, batch_size: int, least: int, seed: int = 0) -> tuple[C
         summary="a new task from a few labelled rows and the task vectors of other tasks, all or a chosen few",
         learns="one target",
         sees=("crops",),
+        pieces=True,
         data="few labelled",
         released_code=(
             "keeps the best epoch on a validation split, from zero-shot on (keep='best'); shares of a data set in "
@@ -68,6 +69,7 @@ def atlas_few_shot(
     budget: int | None = None,
     select: Literal[selection.SELECTIONS] = "gradient",
     blockwise: bool = True,
+    draw: int = 0,
     pool: Sequence[np.ndarray] | None = None,
     mode: trees.GroupMode = "tensor",
     partitions: int = 1,
@@ -97,6 +99,7 @@ def atlas_few_shot(
       budget: task vectors that are used; ``None`` uses all.
       select: ``gradient``, ``feature`` or ``random``, see `selection`.
       blockwise: whether every tensor chooses its own; by features none does.
+      draw: for ``select="random"``, see `selection.choose_within`.
       pool: for ``select="feature"``, see `selection.choose_within`.
       mode, partitions, partitioned, weight_decay, gradient_norm: see `atlas`.
       epochs, learning_rate, batch_size, least_batches: as published.
@@ -123,7 +126,7 @@ def atlas_few_shot(
     if budget is not None:
         if mode != "tensor" or partitions > 1:
             raise ValueError("a budget goes with mode='tensor' and no partitions")
-        chosen = selection.choose_within(problem, rows, budget, select, blockwise, seed, pool, loop)
+        chosen = selection.choose_within(problem, rows, budget, select, blockwise, seed, draw, pool, loop)
         problem = problem._replace(tau=chosen.tau)
     learner = parts.learner_of(
         problem.kind, parts.cross_entropies, mode, partitions, partitioned, seed if partitions > 1 else 0,

@@ -31,6 +31,7 @@ DIVERGENCES = {"js": objectives.jensen_shannon, "kl": objectives.kl}
         year=2025,
         summary="coefficients that minimise the Jensen-Shannon divergence from each expert's predictions",
         sees=("teacher",),
+        pieces=True,
         data="unlabelled train",
         released_code="none known; start, optimiser and steps are those of AdaMerging",
     ),

@@ -38,7 +38,7 @@ class LayerOf(NamedTuple):
     def some(self, start: Any, count: int) -> Array:
         """`count` tasks from `start` on: ``[count, ...]``."""
         of_entries = self.stack.shape[2:]
-        at = (self.layer, start, *(0 for _ in of_entries))
+        at = [jnp.asarray(index, jnp.int32) for index in (self.layer, start, *(0 for _ in of_entries))]
         return jax.lax.dynamic_slice(self.stack, at, (1, count, *of_entries))[0]
 
     def whole(self) -> Array:
@@ -140,6 +140,8 @@ def weighted_sum(theta0: Array, tau: Any, coef: Array) -> Array:
     dtype = jnp.promote_types(theta0.dtype, jnp.float32)
     total, coef = theta0.astype(dtype), coef.astype(dtype)
     if isinstance(tau, LayerOf):
+        if len(coef) != tau.stack.shape[1]:  # a slice beyond the last task would be that of the last
+            raise ValueError(f"coefficients of {len(coef)} tasks for task vectors of {tau.stack.shape[1]}")
         if coef.ndim == 1 and theta0.ndim > 1:
             return _of_layer(total, *tau, coef)
         tau = tau.whole()
@@ -176,14 +178,18 @@ def _derivative(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     by_total, by_tau, by_coef = (None if isinstance(x, SymbolicZero) else x for x in tangents)
     out = jnp.zeros_like(total) if by_total is None else by_total
     if by_coef is not None:
-        flat_Txn = tau.reshape(tau.shape[0], -1).astype(total.dtype)
-        out = out + jnp.dot(by_coef, flat_Txn, precision=jax.lax.Precision.HIGHEST).reshape(total.shape)
+        out = out + _product(by_coef, tau)
     if by_tau is not None:
         out = out + _summed(jnp.zeros_like(total), by_tau, coef)
     return _summed(total, tau, coef), out
 
 
 _one_a_task.defjvp(_derivative, symbolic_zeros=True)
+
+
+def _product(by_T: Array, tau: Array) -> Array:
+    """``sum_t by[t] tau[t]``, and back ``<g, tau[t]>``, over all axes: a reshape would gather sharded ones."""
+    return jnp.tensordot(by_T, tau.astype(by_T.dtype), 1, precision=jax.lax.Precision.HIGHEST)
 
 
 @jax.custom_jvp
@@ -213,8 +219,7 @@ def _derivative_of_layer(primals: tuple, tangents: tuple) -> tuple[Array, Array]
 
         @jax.checkpoint  # of which only the stack itself is kept for the backward pass
         def part(by_C: Array, start: Array) -> Array:
-            flat_Cxn = LayerOf(stack, layer).some(start, count).reshape(count, -1).astype(total.dtype)
-            return jnp.dot(by_C, flat_Cxn, precision=jax.lax.Precision.HIGHEST).reshape(total.shape)
+            return _product(by_C, LayerOf(stack, layer).some(start, count))
 
         by_PxC = jnp.where(counted, by_coef[task_PxC], 0.0)
         out = jax.lax.scan(lambda acc, x: (acc + part(*x), None), out, (by_PxC, start_P))[0]

@@ -212,7 +212,7 @@ def split_tasks(rows: Array, num_tasks: int) -> Array:
     return jnp.reshape(rows, (num_tasks, -1, *rows.shape[1:]))
 
 
-_STREAMS = ("together", "cyclic", "in turn", "order", "zipped", "shots", "trusted")
+_STREAMS = ("together", "cyclic", "in turn", "order", "zipped", "shots", "trusted", "choice")
 
 
 def generator(stream: str, seed: int, *numbers: Any) -> np.random.Generator:

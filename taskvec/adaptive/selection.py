@@ -9,7 +9,6 @@ the authors' code for the gradient, which sums gradients over the batches; that 
 """
 
 import functools
-import zlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -131,6 +130,7 @@ def choose_within(
     by: str = "gradient",
     blockwise: bool = True,
     seed: int = 0,
+    draw: int = 0,
     pool: Sequence[np.ndarray] | None = None,
     loop: Loop = Loop(),
 ) -> Chosen:
@@ -141,7 +141,8 @@ def choose_within(
       budget: b.
       by: ``gradient``, ``feature`` or ``random``.
       blockwise: whether every tensor chooses its own; by features none does.
-      seed: of random choices, which differ by target.
+      seed: of random choices.
+      draw: which of them; of targets with pools of one size each should have its own.
       pool: by features: those of each task's rows in the pool under theta0, T times ``[N_t, d]``
         (`teachers.features_of`), which may be computed once for many targets.
       loop: of `on_phase`.
@@ -158,9 +159,7 @@ def choose_within(
         target = features_of(problem, problem.theta0, rows, 0, loop=loop)
         scores = np.broadcast_to(feature_scores(target, pool), shape)
     elif by == "random":
-        # By the target as well, which its head tells: targets with pools of one size would all choose the same places.
-        target = zlib.crc32(np.asarray(problem.heads.kernel, np.float32).tobytes())
-        scores = rows_lib.generator("shots", seed, target).random(shape)
+        scores = rows_lib.generator("choice", seed, draw, problem.num_tasks).random(shape)
     else:
         scores = gradient_scores(problem, rows, loop=loop)
     if not blockwise:

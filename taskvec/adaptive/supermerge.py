@@ -50,6 +50,7 @@ def _stacked(theta0: Tree, models: list[Tree]) -> Tree:
         arxiv="2412.10416",
         year=2024,
         summary="tanh-bounded coefficients by task and tensor from labelled rows, in groups if memory is short",
+        pieces=True,
         data="few labelled",
         released_code="none; init, optimiser, rates and steps of the paper were not seen and are ours",
     ),

@@ -37,6 +37,8 @@ class Card:
         ``tokens`` (so that texts are not packed), features by a ``teacher``, the task's expert, which are computed if
         they are not given, or random ``crops``.
       steps: of adaptive methods: whether there are any, which a checkpoint can keep.
+      pieces: of adaptive methods: whether a step may take its rows in pieces (`taskvec.adaptive.fit.Loop`), whatever
+        the other settings.
       beside: what is learned beside coefficients, without which these do not make the result; "" if nothing is.
       released_code: how the authors' released code differs, and which setting reproduces it; "" if it does not.
     """
@@ -53,6 +55,7 @@ class Card:
     learns: str = "all tasks"
     sees: tuple[str, ...] = ()
     steps: bool = True
+    pieces: bool = False
     beside: str = ""
     released_code: str = ""
     base: str = "required"

@@ -45,8 +45,7 @@ def test_selection_by_gradient_is_by_inner_products():
         np.testing.assert_allclose(found.params[k], merged, atol=1e-5)
     by_chance = [selection.choose_within(what, rows, 1, "random", False, seed).numbers for seed in range(8)]
     assert all((n == n[0]).all() for n in by_chance) and len({int(n[0, 0]) for n in by_chance}) > 1
-    other = [what._replace(heads=what.heads._replace(kernel=what.heads.kernel + n)) for n in range(8)]
-    by_target = [selection.choose_within(target, rows, 1, "random", False).numbers[0, 0] for target in other]
+    by_target = [selection.choose_within(what, rows, 1, "random", False, draw=t).numbers[0, 0] for t in range(8)]
     assert len(set(by_target)) > 1  # targets with pools of one size choose apart
     with pytest.raises(ValueError, match="allowed: 1 to 3"):
         atlas_few_shot(what, rows, budget=4)

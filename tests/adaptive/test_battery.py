@@ -132,6 +132,13 @@ def test_a_short_run(name):
     assert toy.apply(found.params, toy.batch(0, 2))["features"].shape == (2, toy.WIDTH)
 
 
+@pytest.mark.parametrize("name", [name for name, method in registry.methods().items() if method.card.pieces])
+def test_pieces_change_nothing(name):
+    problem, rows = problem_and_rows(name)
+    found = registry.get(name)(problem, rows, seed=3, loop=Loop(pieces=2), **settings_of(name))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), found.params, short(name).params)
+
+
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[] if n in MESHED else pytest.mark.slow) for n in sorted(registry.methods())]
 )

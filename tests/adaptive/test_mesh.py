@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import optax
+import pytest
 
 from taskvec import tree as trees
 from taskvec.adaptive import rows as rows_lib
@@ -10,6 +11,7 @@ from taskvec.adaptive.coefficients import elementwise
 from taskvec.adaptive.fit import Loop
 from taskvec.adaptive.learn import learn
 from taskvec.adaptive.mesh import make_mesh, placement, sharded
+from taskvec.adaptive.parametrisation import LayerOf, weighted_sum
 from tests.adaptive import test_learn
 from tests.adaptive.test_learn import TASKS, entropy
 
@@ -33,3 +35,20 @@ def test_a_mesh_changes_nothing(monkeypatch):
     one, many = run(problem), run(placed, place=placement(mesh))
     np.testing.assert_allclose(many.history["loss"], one.history["loss"], rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), many.params, one.params)
+
+
+@pytest.mark.parametrize("tasks", [2, 3])
+@pytest.mark.parametrize("stacked", [True, False])
+def test_no_task_vector_is_gathered(tasks, stacked):
+    """What devices send each other for the gradient of coefficients are sums of T numbers, not weights."""
+    mesh = make_mesh(1, 8)
+    over = lambda *axes: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+    theta0 = jax.device_put(np.ones((4, 16), np.float32), over(None, "model"))
+    stack = np.ones((3, tasks, 4, 16), np.float32)
+    tau = jax.device_put(stack if stacked else stack[0], over(*[None] * (2 + stacked), "model"))
+
+    def loss(coef, theta0, tau):
+        return jax.numpy.square(weighted_sum(theta0, LayerOf(tau, 1) if stacked else tau, coef)).sum()
+
+    program = jax.jit(jax.grad(loss)).lower(np.ones(tasks, np.float32), theta0, tau).compile().as_text()
+    assert "all-reduce" in program and "all-gather" not in program
