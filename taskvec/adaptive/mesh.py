@@ -7,7 +7,7 @@ Methods do not change: weights, task vectors, learnables and batches are placed,
     adamerging(problem, rows, loop=Loop(place=placement(mesh)))
 
 A task vector is divided as its weight is, and never by task: merging stays local, and what devices exchange for the
-coefficients is one sum of ``[G, T]`` numbers.
+coefficients is one sum of ``[G, T]`` numbers. (CPU devices, which take vectors flat, exchange a layer of them.)
 """
 
 import math

@@ -188,8 +188,15 @@ _one_a_task.defjvp(_derivative, symbolic_zeros=True)
 
 
 def _product(by_T: Array, tau: Array) -> Array:
-    """``sum_t by[t] tau[t]``, and back ``<g, tau[t]>``, over all axes: a reshape would gather sharded ones."""
-    return jnp.tensordot(by_T, tau.astype(by_T.dtype), 1, precision=jax.lax.Precision.HIGHEST)
+    """``sum_t by[t] tau[t]``, and on the way back ``<g, tau[t]>``, as one product.
+
+    Over all axes as they are, since a reshape gathers those that are divided over a mesh; but flat on CPU, where XLA
+    would make a transposed copy for two axes.
+    """
+    tau, precision = tau.astype(by_T.dtype), jax.lax.Precision.HIGHEST
+    if jax.default_backend() == "cpu":
+        return jnp.dot(by_T, tau.reshape(len(tau), -1), precision=precision).reshape(tau.shape[1:])
+    return jnp.tensordot(by_T, tau, 1, precision=precision)
 
 
 @jax.custom_jvp

@@ -39,8 +39,9 @@ def test_a_mesh_changes_nothing(monkeypatch):
 
 @pytest.mark.parametrize("tasks", [2, 3])
 @pytest.mark.parametrize("stacked", [True, False])
-def test_no_task_vector_is_gathered(tasks, stacked):
-    """What devices send each other for the gradient of coefficients are sums of T numbers, not weights."""
+def test_no_task_vector_is_gathered(tasks, stacked, monkeypatch):
+    """What accelerators send each other for the gradient of coefficients are sums of T numbers, not weights."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     mesh = make_mesh(1, 8)
     over = lambda *axes: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
     theta0 = jax.device_put(np.ones((4, 16), np.float32), over(None, "model"))
