@@ -72,8 +72,8 @@ ROWS = rows_lib.arrays([{"image": np.zeros((1, 1))}] * TASKS)  # never looked at
 
 @pytest.fixture
 def same_batches(monkeypatch):
-    for name, sampler in (("adamerging", "together"), ("concrete", "cyclic")):
-        monkeypatch.setattr(sys.modules[f"taskvec.adaptive.{name}"], sampler, lambda *_: batch)
+    monkeypatch.setitem(sys.modules["taskvec.adaptive.adamerging"].ORDERS, "anew", lambda *_: batch)
+    monkeypatch.setattr(sys.modules["taskvec.adaptive.concrete"], "cyclic", lambda *_: batch)
 
 
 def by_tensor(given, coefficients):
