@@ -2,10 +2,10 @@
 
 Where a model scans over its layers, one layer is merged at a time *inside* that scan, from task vectors that stay where
 they are (`parametrisation.LayerOf`). `jax.checkpoint` around the merge keeps what it makes out of what is stored for
-the backward pass. The merged weights themselves are stored
-there unless the model's scan body stands under a `jax.checkpoint` of its own, with a policy that keeps products with
-weights (`taskvec.models.layers.REMAT`): then weights are merged again, and no whole merged model exists. Large
-embedding tables are merged only in the rows that are looked up.
+the backward pass. The merged weights themselves are stored there unless the model's scan body stands under a
+`jax.checkpoint` of its own, with a policy that keeps products of matrices (`taskvec.models.layers.REMAT`): then weights
+are merged again, and no whole merged model exists. Large embedding tables are merged only in the rows that are looked
+up.
 
 Temporary memory of a gradient by XLA's account (MiniLM, 22.7 M parameters, 8 tasks of 8 rows of 32 tokens, float32,
 CPU): 780 MiB with a whole merge, 259 with one in the scan, whatever the number of tasks. Masks, and coefficients per

@@ -19,7 +19,8 @@ Array = jax.Array
 Hook = Callable[[Callable[[Tree, Array], Array], Tree, Array], Array]
 
 REMAT = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep products with weights
+    "dots": jax.checkpoint_policies.dots_saveable,  # keep products of matrices, compute the rest again
+    "weights": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep products with weights, not the scores
     "all": jax.checkpoint_policies.nothing_saveable,  # keep the input of every block only
 }
 
@@ -35,9 +36,10 @@ class Options(NamedTuple):
         ``hook(run, weights, x)``, with ``run(weights, x)`` the model's own computation and ``weights`` that piece's
         part of what `layer_params` gives; what else it needs (adapters, routers) travels in those weights.
       capture: pieces whose outputs are returned as well, stacked over the layers ``[L, B, N, D]``.
-      remat: what the backward pass computes again: nothing (``None``), ``dots`` all but products with weights, so that
-        memory grows with the tokens of a row and not with their square, ``all`` everything inside a block. With
-        `layer_params`, ``None`` means ``dots``: merged weights are then made again instead of kept.
+      remat: what the backward pass computes again: nothing (``None``), ``dots`` all but products of matrices,
+        ``weights`` attention's scores as well, so that memory grows with the tokens of a row and not with their square,
+        ``all`` everything inside a block. With `layer_params`, ``None`` means ``dots``: merged weights are then made
+        again instead of kept.
       dtype: of the computation (bfloat16), that of the params if ``None``; norms, softmax and returned features are
         float32 always.
       unroll: layers are written out, this many in one turn of the loop over them. All of them spare the backward pass

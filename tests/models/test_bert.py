@@ -94,7 +94,7 @@ def test_layer_params_makes_each_layers_weights():
     np.testing.assert_allclose(a[1], b[1], rtol=1e-3)
 
 
-@pytest.mark.parametrize("remat", [None, "all"])
+@pytest.mark.parametrize("remat", [None, "weights", "all"])
 def test_unrolled_layers_give_the_same(remat):
     """Two of three layers in one turn, and all of them: numbers of transformers, and the gradient of the loop."""
     out = recorded("bert_even")
