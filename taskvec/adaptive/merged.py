@@ -8,7 +8,7 @@ are merged again, and no whole merged model exists. Large embedding tables are m
 up.
 
 Temporary memory of a gradient by XLA's account (MiniLM, 22.7 M parameters, 8 tasks of 8 rows of 32 tokens, float32,
-CPU): 780 MiB with a whole merge, 259 with one in the scan, whatever the number of tasks. Masks, and coefficients per
+CPU): 780 MiB with a whole merge, 293 with one in the scan, whatever the number of tasks. Masks, and coefficients per
 entry or part of a tensor, need a layer's vectors as a whole: there memory grows with the tasks.
 """
 
